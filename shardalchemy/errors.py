@@ -1,0 +1,80 @@
+"""Every error of shardalchemy, as one flat tree.
+
+Each error also subclasses the SQLAlchemy error that a caller of a plain ``Session``
+would already catch in that place, where there is one. A message says what was asked,
+why it cannot be, and what to write instead.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import exc as sa_exc
+
+__all__ = [
+    "CatalogVersionError",
+    "CommitOutcomeUnknown",
+    "ConfigurationError",
+    "DeclarationError",
+    "LocalServerError",
+    "LockTimeout",
+    "ShardAlchemyError",
+    "ShardKeyError",
+    "TopologyChanged",
+    "TransactionAborted",
+    "UnknownShardError",
+    "UnsupportedQueryError",
+]
+
+
+class ShardAlchemyError(Exception):
+    """The root of all errors that shardalchemy raises on its own account."""
+
+
+class DeclarationError(ShardAlchemyError, sa_exc.ArgumentError):
+    """A model's ``sharded_by`` or ``reference_table`` cannot be honoured."""
+
+
+class ConfigurationError(ShardAlchemyError, sa_exc.ArgumentError):
+    """A cluster's shards, or a server's settings, do not fit together."""
+
+
+class CatalogVersionError(ConfigurationError):
+    """A shard's catalog was written by a newer library than this one."""
+
+
+class UnknownShardError(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A shard was named that the cluster does not have."""
+
+
+class ShardKeyError(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A row's shard key is missing, of the wrong type, or was changed."""
+
+
+class UnsupportedQueryError(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A statement cannot be answered exactly over several shards."""
+
+
+class TopologyChanged(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """Rows moved between shards while the transaction ran; run it again."""
+
+
+class TransactionAborted(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """The transaction could not commit; no shard holds any of its writes."""
+
+
+class CommitOutcomeUnknown(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A reply was lost and a participant cannot be asked; recovery will decide.
+
+    ``gid`` names the transaction; every shard ends in the same state.
+    """
+
+    def __init__(self, message: str, gid: str) -> None:
+        super().__init__(message)
+        self.gid = gid
+
+
+class LockTimeout(ShardAlchemyError, sa_exc.TimeoutError):
+    """A lock was not obtained within its timeout."""
+
+
+class LocalServerError(ShardAlchemyError, RuntimeError):
+    """A local PostgreSQL or Valkey server could not be found, started or stopped."""

@@ -1,0 +1,12 @@
+"""Connections to many servers that can wait together.
+
+`engines.ShardEngines` holds an engine per shard, made when first used, and bounds how
+many connections are open in all. `fanout` runs one step on many connections at once,
+in one thread or one event loop, and leaves none in an unknown state. `wire` sends a
+command past SQLAlchemy, for the commit protocol, which counts round trips.
+"""
+
+from shardalchemy.engine.engines import ShardEngines
+from shardalchemy.engine.fanout import attempt_all, fanout
+
+__all__ = ["ShardEngines", "attempt_all", "fanout"]

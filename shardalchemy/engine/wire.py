@@ -1,0 +1,74 @@
+"""Single round trips on a connection, below SQLAlchemy.
+
+The commit protocol sends ``PREPARE TRANSACTION`` behind a marker row in one message,
+and ``COMMIT PREPARED`` outside any transaction block. psycopg's ``execute`` would
+begin a transaction for the second, and SQLAlchemy knows neither.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import psycopg
+from psycopg import generators
+from psycopg.pq import ExecStatus, TransactionStatus
+from sqlalchemy.util import await_only
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGresult
+    from sqlalchemy import Connection
+
+__all__ = ["driver_of", "in_failed_transaction", "is_lost", "simple_query"]
+
+Driver = psycopg.Connection[object] | psycopg.AsyncConnection[object]
+
+
+def driver_of(connection: Connection) -> Driver:
+    """Return the psycopg connection under a SQLAlchemy one."""
+    return cast("Driver", connection.connection.driver_connection)
+
+
+def is_lost(driver: Driver) -> bool:
+    """Return whether the connection to the server is known to be gone."""
+    return driver.closed
+
+
+def in_failed_transaction(driver: Driver) -> bool:
+    """Return whether the server will answer ROLLBACK to a COMMIT."""
+    return driver.pgconn.transaction_status == TransactionStatus.INERROR
+
+
+def _exchange(driver: Driver, sql: bytes) -> PQGen[list[PGresult]]:
+    driver.pgconn.send_query(sql)
+    results = yield from generators.execute(driver.pgconn)
+    for result in results:
+        if result.status == ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(
+                result, encoding=driver.info.encoding
+            )
+    return results
+
+
+def simple_query(driver: Driver, sql: str) -> list[str]:
+    """Send *sql*, one or more statements, as one message; return the command tags.
+
+    Raises the psycopg error of the first statement that fails. On an async connection
+    it must be called within SQLAlchemy's greenlet.
+    """
+    exchange = _exchange(driver, sql.encode())
+    results: list[PGresult]
+    if isinstance(driver, psycopg.AsyncConnection):
+        results = await_only(_awaited(driver, exchange))
+    else:
+        with driver.lock:
+            results = driver.wait(exchange)
+    return [(result.command_status or b"").decode() for result in results]
+
+
+async def _awaited(
+    driver: psycopg.AsyncConnection[object], exchange: PQGen[list[PGresult]]
+) -> list[PGresult]:
+    async with driver.lock:
+        results: list[PGresult] = await driver.wait(exchange)
+    return results

@@ -48,6 +48,7 @@ __all__ = [
     "Pin",
     "Placement",
     "checked",
+    "key_family",
     "placement_of",
     "reference_table",
     "sharded_by",
@@ -270,6 +271,12 @@ def _key_type(type_: TypeEngine[Any]) -> KeyType | None:
     if isinstance(type_, Date):
         return KEY_TYPES["date"]
     return None
+
+
+def key_family(type_: TypeEngine[Any]) -> str | None:
+    """Return the name of the key type that values of *type_* are compared in."""
+    key_type = _key_type(type_)
+    return None if key_type is None else key_type.name
 
 
 def _bind_conversion(type_: TypeDecorator[Any]) -> Callable[[object], object]:

@@ -6,7 +6,7 @@ in one thread or one event loop, and leaves none in an unknown state. `wire` sen
 command past SQLAlchemy, for the commit protocol, which counts round trips.
 """
 
-from shardalchemy.engine.engines import ShardEngines
+from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
 
-__all__ = ["ShardEngines", "attempt_all", "fanout"]
+__all__ = ["Bindings", "ShardEngines", "attempt_all", "fanout"]

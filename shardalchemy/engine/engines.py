@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["ShardEngines"]
+__all__ = ["Bindings", "ShardEngines"]
 
 
 class ShardEngines:
@@ -137,6 +137,40 @@ class ShardEngines:
         for engine in self._owned:
             if not isinstance(engine, Engine):
                 await engine.dispose()
+
+
+class Bindings:
+    """The engines as sessions use them: all sync, or all async under a greenlet."""
+
+    def __init__(self, engines: ShardEngines, *, is_async: bool) -> None:
+        self._engines = engines
+        self._bound: dict[str, Engine | Connection] = {}
+        self.is_async = is_async
+        self.names: dict[Engine, str] = {}
+        """The shard of each engine that has been used."""
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The names of all shards, in the order given."""
+        return self._engines.names
+
+    def of(self, shard: str) -> Engine | Connection:
+        """Return *shard*'s engine; raise UnknownShardError if there is none."""
+        try:
+            return self._bound[shard]
+        except KeyError:
+            bound = (
+                self._engines.asynchronous(shard).sync_engine
+                if self.is_async
+                else self._engines.sync(shard)
+            )
+            self.names[bound.engine] = shard
+            self._bound[shard] = bound
+            return bound
+
+    def connect(self, shard: str) -> Connection:
+        """Open a connection to *shard* outside of any session."""
+        return self.of(shard).engine.connect()
 
 
 def _require_psycopg(name: str, url: URL) -> None:

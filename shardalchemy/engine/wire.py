@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import psycopg
 from psycopg import generators
 from psycopg.pq import ExecStatus, TransactionStatus
+from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def in_failed_transaction(driver: Driver) -> bool:
 
 def _exchange(driver: Driver, sql: bytes) -> PQGen[list[PGresult]]:
     driver.pgconn.send_query(sql)
-    results = yield from generators.execute(driver.pgconn)
+    results: list[PGresult] = yield from generators.execute(driver.pgconn)
     for result in results:
         if result.status == ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(
@@ -50,19 +51,25 @@ def _exchange(driver: Driver, sql: bytes) -> PQGen[list[PGresult]]:
     return results
 
 
-def simple_query(driver: Driver, sql: str) -> list[str]:
+def simple_query(connection: Connection, sql: str) -> list[str]:
     """Send *sql*, one or more statements, as one message; return the command tags.
 
-    Raises the psycopg error of the first statement that fails. On an async connection
-    it must be called within SQLAlchemy's greenlet.
+    Raises the SQLAlchemy error of the first statement that fails, as ``execute`` would.
+    On an async connection it must be called within SQLAlchemy's greenlet.
     """
+    driver = driver_of(connection)
     exchange = _exchange(driver, sql.encode())
     results: list[PGresult]
-    if isinstance(driver, psycopg.AsyncConnection):
-        results = await_only(_awaited(driver, exchange))
-    else:
-        with driver.lock:
-            results = driver.wait(exchange)
+    try:
+        if isinstance(driver, psycopg.AsyncConnection):
+            results = await_only(_awaited(driver, exchange))
+        else:
+            with driver.lock:
+                results = driver.wait(exchange)
+    except psycopg.Error as error:
+        raise sa_exc.DBAPIError.instance(
+            sql, None, error, psycopg.Error, dialect=connection.dialect
+        ) from error
     return [(result.command_status or b"").decode() for result in results]
 
 

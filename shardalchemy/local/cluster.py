@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from shardalchemy.cluster import Cluster
-    from shardalchemy.local.account import Account
-    from shardalchemy.local.binaries import PostgresBinaries
 
 __all__ = ["LocalCluster"]
 
@@ -33,7 +32,12 @@ class LocalCluster:
     """PostgreSQL servers and a Valkey on loopback, for as long as they are needed.
 
     Usable as a context manager; ``start`` and ``stop`` do the same. Whatever happens
-    to this process, ``kill -9`` included, the servers do not outlive it.
+    to this process, ``kill -9`` included, the servers do not outlive it::
+
+        with LocalCluster(2, directory="data") as servers:
+            engine = create_engine(servers.urls["s1"])
+
+    What PostgreSQL holds is kept in ``directory``; what Redis holds is gone with it.
     """
 
     def __init__(
@@ -63,9 +67,10 @@ class LocalCluster:
         """
         self._names_given = not isinstance(shards, int)
         if isinstance(shards, int):
-            self._shards = tuple(f"s{number + 1}" for number in range(shards))
-        else:
-            self._shards = tuple(shards)
+            shards = [f"s{number + 1}" for number in range(shards)]
+        elif isinstance(shards, str):
+            shards = [shards]
+        self._shards = tuple(shards)
         if not self._shards or len(set(self._shards)) < len(self._shards):
             raise LocalServerError(
                 f"shards={shards!r}: give at least one shard, and each name once."
@@ -108,18 +113,22 @@ class LocalCluster:
         binaries = find_postgres(self._named_postgres)
         redis = find_redis(self._named_redis) if self._with_redis else None
         directory = self._directory = ClusterDirectory(self._kept)
-        self._watchdog = Watchdog(directory.lock_descriptor)
+        try:
+            self._watchdog = Watchdog(directory.lock_descriptor)
+        except BaseException:
+            directory.close()
+            raise
         self._owner = os.getpid()
         atexit.register(self.stop)
         try:
             if directory.temporary:
                 self._watchdog.remove(str(directory.path))
+            self._record = directory.record(self._shards)
+            self._check_record()
             self._account = server_account(directory.owner)
             directory.prepare(self._account)
             copies = directory.path / "programs"
             self._binaries = binaries.usable_by(self._account, copies)
-            self._record = directory.record(self._shards)
-            self._check_record()
             shards = [self._add(name) for name in self._record.servers]
             self._create_data(shards)
             servers: list[Server] = [*shards]
@@ -147,6 +156,12 @@ class LocalCluster:
         servers: list[Server] = [*self._servers.values()]
         if self._redis is not None:
             servers.append(self._redis)
+        if self._directory.temporary:
+            # Or the shared memory of a server that was killed stays until the next
+            # boot: only its next start frees it, and it will have none.
+            crashed = [server for server in self._servers.values() if server.crashed]
+            with contextlib.suppress(LocalServerError):
+                start_all(crashed, timeout=10)
         stop_all(servers)
         self._directory.close()
         # Last, so that the watchdog finishes this if we are killed in the middle.
@@ -185,7 +200,7 @@ class LocalCluster:
         return self._redis
 
     def cluster(self, **options: Any) -> Cluster:
-        """Return a ``shardalchemy.Cluster`` over these servers; options are passed on."""
+        """Return a ``shardalchemy.Cluster`` over these servers, with its options."""
         from shardalchemy.cluster import Cluster
 
         if self._with_redis:
@@ -223,8 +238,8 @@ class LocalCluster:
         missing = set(self._shards) - set(self._record.servers)
         if self._names_given and missing:
             raise LocalServerError(
-                f"{self.directory} holds the servers {', '.join(self._record.servers)}, "
-                f"but not {', '.join(sorted(missing))}; add_server() makes more."
+                f"{self.directory} holds {', '.join(self._record.servers)}, but not "
+                f"{', '.join(sorted(missing))}; add_server() makes more."
             )
 
     def _add(self, name: str) -> PostgresServer:

@@ -22,6 +22,8 @@ from shardalchemy.errors import LocalServerError
 from shardalchemy.local.watchdog import look_up
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from shardalchemy.local.account import Account
 
 __all__ = ["ClusterDirectory", "Record"]
@@ -54,7 +56,7 @@ class ClusterDirectory:
             self.path = Path(tempfile.mkdtemp(prefix="shardalchemy-")).resolve()
             self.path.chmod(mode)
         else:
-            self.path = path.absolute()
+            self.path = path.resolve()
             with _explained(self.path):
                 if not self.path.exists():
                     self.path.mkdir(mode=0o755, parents=True)
@@ -63,8 +65,8 @@ class ClusterDirectory:
             strangers = {entry.name for entry in self.path.iterdir()} - {"cluster.lock"}
             if strangers and not self._record.exists():
                 raise LocalServerError(
-                    f"{self.path} is not empty and was not made by a LocalCluster; name "
-                    "an empty or a new directory."
+                    f"{self.path} is not empty and was not made by a LocalCluster; "
+                    "name an empty or a new directory."
                 )
             self.lock_descriptor = self._lock()
 
@@ -154,7 +156,7 @@ class ClusterDirectory:
 
 
 @contextlib.contextmanager
-def _explained(path: Path):  # type: ignore[no-untyped-def]
+def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

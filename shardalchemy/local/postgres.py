@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import psycopg
@@ -18,7 +20,6 @@ from shardalchemy.local.watchdog import look_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from shardalchemy.local.account import Account
     from shardalchemy.local.binaries import PostgresBinaries
@@ -41,6 +42,8 @@ SETTINGS: Mapping[str, str] = {
 }
 """What every server is started with, unless LocalCluster's ``settings`` differ."""
 
+_NO_PID = str(2**31 - 1)
+_UNFINISHED = "data.unfinished."
 _CONF = "shardalchemy.conf"
 _STOP_SIGNALS = {
     "smart": signal.SIGTERM,
@@ -81,6 +84,11 @@ class PostgresServer(Server):
             f"@{LOOPBACK}:{self.port}/postgres"
         )
 
+    @property
+    def crashed(self) -> bool:
+        """Whether the server ended without cleaning up after itself."""
+        return not self.running and bool(self._pid_file_lines())
+
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
         """Stop the server; ``mode`` is as in pg_ctl, "immediate" leaves recovery."""
         stop_all([self], _STOP_SIGNALS[mode])
@@ -95,10 +103,9 @@ class PostgresServer(Server):
 
     def launch(self) -> None:
         """Start the process without waiting for it."""
-        if self._process is None and not self._port_is_known and not self._attempts:
-            self._check_data()
-            self._write_settings()
-        self._drop_stale_pid_file()
+        self._check_data()
+        self._write_settings()
+        self._check_pid_file()
         super().launch()
 
     def answers(self) -> bool:
@@ -124,7 +131,12 @@ class PostgresServer(Server):
         return True
 
     def _check_data(self) -> None:
-        found = (self.data_directory / "PG_VERSION").read_text().strip()
+        try:
+            found = (self.data_directory / "PG_VERSION").read_text().strip()
+        except FileNotFoundError:
+            raise LocalServerError(
+                f"{self.data_directory} holds no data of PostgreSQL (any more)."
+            ) from None
         if found != str(self._binaries.major):
             raise LocalServerError(
                 f"{self.data_directory} holds data of PostgreSQL {found}, but "
@@ -150,21 +162,28 @@ class PostgresServer(Server):
         except (FileNotFoundError, UnicodeDecodeError):
             return []
 
-    def _drop_stale_pid_file(self) -> None:
-        # After a crash PostgreSQL itself refuses to start if the pid in the file has
-        # meanwhile been given to another process of the same user, such as a shard's.
-        lines = self._pid_file_lines()
-        pid = int(lines[0]) if lines and lines[0].isdigit() else 0
-        if pid and look_up(pid) is not None and self._is_our_postmaster(pid):
-            raise LocalServerError(
-                f"{self.name} still runs as process {pid}, left behind by a LocalCluster "
-                f"that was killed; stop it with 'kill -INT {pid}' and try again."
-            )
-        (self.data_directory / "postmaster.pid").unlink(missing_ok=True)
+    def _check_pid_file(self) -> None:
+        """See to it that a crashed server's pid file does not stop the next start.
 
-    def _is_our_postmaster(self, pid: int) -> bool:
-        output = self._account.run(["ps", "-o", "args=", "-p", str(pid)]).stdout
-        return str(self.data_directory) in output
+        PostgreSQL takes the file for that of a running server if its pid has since
+        been given to another process of the same user, as to another shard's after a
+        reboot. The file is kept, with a pid that cannot be: its other lines lead
+        PostgreSQL to backends that may have outlived the crash.
+        """
+        pid_file = self.data_directory / "postmaster.pid"
+        pid, *others = self._pid_file_lines() or ["0"]
+        if not pid.isdigit() or look_up(int(pid)) is None:
+            return
+        try:
+            runs_here = Path(f"/proc/{pid}/cwd").resolve(strict=True)
+        except OSError:
+            return
+        if runs_here == self.data_directory:
+            raise LocalServerError(
+                f"{self.name} still runs as process {pid}, left behind when its "
+                f"LocalCluster was killed; stop it with 'kill -INT {pid}'."
+            )
+        pid_file.write_text("\n".join([_NO_PID, *others, ""]))
 
 
 def create_data(
@@ -177,9 +196,10 @@ def create_data(
 ) -> None:
     """Make the data directories of servers that have none yet.
 
-    ``initdb`` runs once; its result is copied for the others, which takes a sixth of
-    the time. With ``durable`` all of it is flushed to disk. A directory gets its name
-    when it is whole, so one that was interrupted is made again.
+    ``initdb`` runs once and its result is copied for the others, which is quicker; so
+    all of them have one system identifier. With ``durable`` everything is flushed to
+    disk. A directory gets its name when it is whole, so one that was interrupted is
+    made again.
     """
     new = [server for server in servers if not server.data_directory.exists()]
     if not new:
@@ -188,7 +208,8 @@ def create_data(
         if not server.directory.exists():
             server.directory.mkdir(mode=0o700)
             account.own([server.directory])
-        shutil.rmtree(_unfinished(server), ignore_errors=True)
+        for leftover in server.directory.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     first, *others = [_unfinished(server) for server in new]
     _initdb(first, binaries, password, account)
     with ExitStack() as copies:
@@ -206,12 +227,13 @@ def create_data(
             )
     for server in new:
         if durable:
-            account.run([binaries.initdb, "--sync-only", "-D", _unfinished(server)])
+            _run(account, binaries.initdb, "--sync-only", "-D", _unfinished(server))
         _unfinished(server).rename(server.data_directory)
 
 
 def _unfinished(server: PostgresServer) -> Path:
-    return server.data_directory.with_name("data.unfinished")
+    # Ours by its name: the initdb of a cluster that was killed may still be running.
+    return server.data_directory.with_name(f"{_UNFINISHED}{os.getpid()}")
 
 
 def _initdb(
@@ -225,19 +247,21 @@ def _initdb(
     try:
         password_file.write_text(password)
         account.own([password_file])
-        result = account.run(
-            [
-                binaries.initdb,
-                *("-D", target),
-                *("--username=postgres", "--auth=scram-sha-256"),
-                f"--pwfile={password_file}",
-                *("--encoding=UTF8", "--no-sync", *locale),
-            ],
-            timeout=120,
+        _run(
+            account,
+            binaries.initdb,
+            *("-D", target),
+            *("--username=postgres", "--auth=scram-sha-256"),
+            f"--pwfile={password_file}",
+            *("--encoding=UTF8", "--no-sync", *locale),
         )
     finally:
         password_file.unlink()
-    if result.returncode != 0:
-        raise LocalServerError(f"initdb failed:\n{result.stdout}")
     with (target / "postgresql.conf").open("a", encoding="utf-8") as conf:
         conf.write(f"\ninclude '{_CONF}'\n")
+
+
+def _run(account: Account, *arguments: str | Path) -> None:
+    result = account.run(arguments, timeout=120)
+    if result.returncode != 0:
+        raise LocalServerError(f"{arguments[0]} failed:\n{result.stdout}")

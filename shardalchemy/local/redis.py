@@ -60,7 +60,8 @@ class RedisServer(Server):
     def answers(self) -> bool:
         """Say whether the server on our port is this process, and not another's."""
         try:
-            with socket.create_connection((LOOPBACK, self.port), timeout=5) as client:
+            # A stranger on our port may listen and never answer.
+            with socket.create_connection((LOOPBACK, self.port), timeout=0.5) as client:
                 client.sendall(b"INFO server\r\n")
                 reply = client.recv(65536)
         except OSError:

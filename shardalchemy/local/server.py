@@ -47,6 +47,8 @@ class Server(ABC):
         self._process: subprocess.Popen[bytes] | None = None
         self._port: int | None = None
         self._port_is_known = False
+        self._attempts = 0
+        self._log_start = 0
         self._paused = False
 
     def __repr__(self) -> str:
@@ -87,8 +89,13 @@ class Server(ABC):
 
     def start(self) -> None:
         """Start the server and wait until it answers; nothing if it runs already."""
-        if not self.running:
+        if self.running:
+            return
+        try:
             start_all([self])
+        except BaseException:
+            self.kill()
+            raise
 
     def restart(self) -> None:
         """Stop the server cleanly and start it again on the same port."""
@@ -194,9 +201,6 @@ class Server(ABC):
             self._watchdog.forget(self._process.pid)
         self._process = None
         self._paused = False
-
-    _attempts = 0
-    _log_start = 0
 
 
 def start_all(servers: Collection[Server], timeout: float = START_TIMEOUT) -> None:

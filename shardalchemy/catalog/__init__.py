@@ -1,0 +1,31 @@
+"""The ``shardalchemy`` schema that every shard carries.
+
+There is no extra server: each shard holds the whole topology, and beside it the
+markers of cross-shard transactions and the fences of named locks. `Topology` is the
+value; `install` makes the schema and reads what is there; `ownership` writes into each
+sharded table the CHECK that refuses a row on the wrong shard, whoever sends it.
+"""
+
+from shardalchemy.catalog.install import (
+    CATALOG_VERSION,
+    ShardState,
+    read_state,
+    write_catalog,
+    write_topology,
+)
+from shardalchemy.catalog.ownership import sharded_table_names, write_ownership
+from shardalchemy.catalog.sequences import Sequences
+from shardalchemy.catalog.topology import ShardAddress, Topology
+
+__all__ = [
+    "CATALOG_VERSION",
+    "Sequences",
+    "ShardAddress",
+    "ShardState",
+    "Topology",
+    "read_state",
+    "sharded_table_names",
+    "write_catalog",
+    "write_ownership",
+    "write_topology",
+]

@@ -1,0 +1,31 @@
+-- The catalog of one shard, version 1. Every statement may run again.
+CREATE SCHEMA IF NOT EXISTS shardalchemy;
+
+-- Which cluster this database belongs to, and as which shard: one row.
+CREATE TABLE IF NOT EXISTS shardalchemy.catalog (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    version integer NOT NULL,
+    cluster uuid NOT NULL,
+    shard text NOT NULL
+);
+
+-- Every epoch of the topology, the same rows on all shards.
+CREATE TABLE IF NOT EXISTS shardalchemy.topology (
+    epoch bigint PRIMARY KEY,
+    document jsonb NOT NULL,
+    since timestamptz NOT NULL DEFAULT now()
+);
+
+-- A cross-shard transaction's marker on each participant, or the tombstone by which
+-- recovery keeps a participant from ever preparing: the unique key lets only one in.
+CREATE TABLE IF NOT EXISTS shardalchemy.txn (
+    gid text PRIMARY KEY,
+    outcome text NOT NULL CHECK (outcome IN ('committed', 'aborted')),
+    at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- The highest fencing token that has written under each named lock.
+CREATE TABLE IF NOT EXISTS shardalchemy.fence (
+    name text PRIMARY KEY,
+    token bigint NOT NULL
+);

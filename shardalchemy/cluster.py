@@ -1,0 +1,373 @@
+"""The cluster: what an application makes one of, and takes its sessions from."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from sqlalchemy import Table, inspect
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.util import greenlet_spawn
+
+from shardalchemy.catalog import (
+    Sequences,
+    ShardAddress,
+    ShardState,
+    Topology,
+    read_state,
+    sharded_table_names,
+    write_catalog,
+    write_ownership,
+    write_topology,
+)
+from shardalchemy.catalog.install import lock_catalog
+from shardalchemy.commit import CommitDriver, Finisher, Recovery, RecoveryReport
+from shardalchemy.engine import Bindings, ShardEngines, fanout
+from shardalchemy.errors import ConfigurationError, ShardKeyError
+from shardalchemy.locks import RowLocks
+from shardalchemy.planner import Analyser
+from shardalchemy.ring import KEY_TYPES, allocate
+from shardalchemy.schema import Kind, Placement, checked, placement_of
+from shardalchemy.session import ShardedSession
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from concurrent.futures import Future
+
+    from sqlalchemy import URL, Connection, Engine, MetaData
+    from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+
+    from shardalchemy.asyncio import AsyncShardedSession
+    from shardalchemy.commit import Ack
+    from shardalchemy.planner import Plan
+
+__all__ = ["Cluster"]
+
+S = TypeVar("S", bound=ShardedSession)
+
+_OLDEST_SERVER = 150000
+
+
+class Cluster:
+    """The shards of one application, and what its sessions share.
+
+    *shards* maps short stable names to URLs, engines or connections; the first is the
+    home shard of a cluster that is created with it. *redis* is a URL of the Redis or
+    Valkey in which hot rows are queued for. *ack* says when a cross-shard commit
+    returns: ``"committed"`` everywhere, or as soon as all shards have ``"prepared"``.
+    *max_connections* bounds the connections this process opens to all shards together.
+    Other options are passed to ``create_engine`` for each shard: ``pool_size``,
+    ``max_overflow``, ``echo``, ``connect_args``.
+
+        cluster = Cluster({"s1": "postgresql+psycopg://…", "s2": "…"})
+        cluster.create_all(Base.metadata)
+        Session = cluster.sessionmaker()
+
+    Nothing is sent to a server before something asks. One cluster serves any number of
+    threads and event loops; close it at the end, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, str | URL | Engine | AsyncEngine | Connection],
+        *,
+        redis: str | None = None,
+        ack: Ack = "committed",
+        max_connections: int | None = None,
+        **engine_options: Any,
+    ) -> None:
+        if not shards:
+            raise ConfigurationError("a cluster needs at least one shard.")
+        for name in shards:
+            if not name.isidentifier():
+                raise ConfigurationError(
+                    f"{name!r} cannot be a shard's name: use letters, digits and _."
+                )
+        self.ack = ack
+        self._shards = ShardEngines(
+            shards, max_connections=max_connections, **engine_options
+        )
+        self._sync = Bindings(self._shards, is_async=False)
+        self._async = Bindings(self._shards, is_async=True)
+        self._known: Topology | None = None
+        self._analyser = Analyser()
+        self._sequences = Sequences()
+        self._row_locks = RowLocks(redis, lambda: self.topology.cluster)
+        self._finisher = Finisher(self._sync.connect)
+        self._recovery = Recovery(self._sync.connect, lambda: self.topology)
+        self._committer = CommitDriver(self._finisher, self._recovery)
+
+    def __repr__(self) -> str:
+        return f"Cluster({', '.join(self._shards.names)})"
+
+    # -- setting up ------------------------------------------------------------------
+
+    def create_all(self, metadata: MetaData) -> None:
+        """Create what is missing: the catalog, the tables, the ownership checks.
+
+        Sharded and reference tables are made on every shard, other tables on the home
+        shard. All of it is one transaction over all shards, and may be repeated.
+
+        Raises DeclarationError where a model cannot be kept as declared, and
+        ConfigurationError where a server cannot be used, with nothing changed.
+        """
+        self._create_all(metadata, self._sync)
+
+    async def create_all_async(self, metadata: MetaData) -> None:
+        """Do what `create_all` does, over the async engines."""
+        await greenlet_spawn(self._create_all, metadata, self._async)
+
+    def _create_all(self, metadata: MetaData, engines: Bindings) -> None:
+        placements = checked(metadata)
+        connections = {name: engines.connect(name) for name in engines.shards}
+        try:
+            states: dict[str, ShardState] = {}
+            for name in sorted(connections):
+                lock_catalog(connections[name])
+                states[name] = read_state(connections[name])
+            topology = _agreed(states)
+            if topology is None:
+                topology = _initial(states, self._shards)
+                for name, connection in connections.items():
+                    write_catalog(connection, topology.cluster, name)
+                    write_topology(connection, topology)
+            members = {name: connections[name] for name in topology.shards}
+
+            def make(shard: str, connection: Connection) -> None:
+                here = [p for p in placements if _is_on(p, shard, topology)]
+                metadata.create_all(connection, tables=[p.table for p in here])
+                for placement in here:
+                    write_ownership(connection, placement, topology, shard)
+
+            fanout(make, members)
+            if len(members) > 1:
+                numbers = {n: a.number for n, a in topology.addresses.items()}
+                self._committer.commit(
+                    topology.cluster, numbers, members, ack="committed"
+                )
+            for connection in connections.values():
+                connection.commit()
+        finally:
+            for connection in connections.values():
+                connection.close()
+        self._known = topology
+        self._guard(p.table.name for p in placements if p.kind is not Kind.HOME)
+
+    def _guard(self, names: Any) -> None:
+        self._analyser.guarded |= {name.lower() for name in names}
+
+    # -- sessions --------------------------------------------------------------------
+
+    def sessionmaker(
+        self,
+        class_: type[S] = ShardedSession,
+        **options: Any,  # type: ignore[assignment]
+    ) -> sessionmaker[S]:
+        """Return a ``sqlalchemy.orm.sessionmaker`` of this cluster's sessions.
+
+        Takes what SQLAlchemy's takes, and ``ack``. *class_* is `ShardedSession` or a
+        subclass of it.
+        """
+        if not issubclass(class_, ShardedSession):
+            raise ConfigurationError(
+                f"class_ is {class_.__name__}; it must be a subclass of ShardedSession."
+            )
+        return sessionmaker(class_=class_, cluster=self, **options)
+
+    def async_sessionmaker(self, **options: Any) -> async_sessionmaker[Any]:
+        """Return an ``async_sessionmaker`` of this cluster's async sessions."""
+        from sqlalchemy.ext.asyncio import async_sessionmaker
+
+        from shardalchemy.asyncio import AsyncShardedSession
+
+        class_: type[AsyncShardedSession] = options.pop("class_", AsyncShardedSession)
+        if not issubclass(class_, AsyncShardedSession):
+            raise ConfigurationError(
+                f"class_ is {class_.__name__}; it must be a subclass of"
+                " AsyncShardedSession."
+            )
+        return async_sessionmaker(class_=class_, cluster=self, **options)
+
+    def _engines_for(self, is_async: bool) -> Bindings:
+        return self._async if is_async else self._sync
+
+    # -- the topology ----------------------------------------------------------------
+
+    @property
+    def topology(self) -> Topology:
+        """The topology as this process knows it; read from the shards when first used.
+
+        In an event loop, read it after the first statement of an async session.
+        """
+        return self._topology_for(self._sync)
+
+    def _topology_for(self, engines: Bindings) -> Topology:
+        known = self._known
+        return known if known is not None else self._load(engines)
+
+    def _load(self, engines: Bindings) -> Topology:
+        states: dict[str, ShardState] = {}
+        for name in engines.shards:
+            with engines.connect(name) as connection:
+                states[name] = read_state(connection)
+                if states[name].topology is not None:
+                    self._guard(sharded_table_names(connection))
+        topology = _agreed(states)
+        if topology is None:
+            raise ConfigurationError(
+                "the shards have no shardalchemy catalog yet. Call"
+                " cluster.create_all(metadata) once, before the first session."
+            )
+        self._known = topology
+        return topology
+
+    def shard_for(self, entity: Any, key: Any) -> str:
+        """Return the name of the shard on which rows with this shard key live.
+
+        *entity* is a mapped class or a table; *key* the value of its shard key.
+        """
+        inspected = inspect(entity)
+        table = getattr(inspected, "local_table", inspected)
+        if not isinstance(table, Table):
+            raise ConfigurationError(
+                f"{entity!r} is neither a mapped class nor a table"
+            )
+        placement = placement_of(table)
+        if placement.kind is Kind.HOME:
+            return self.topology.home
+        if placement.pin is None:
+            raise ShardKeyError(f"{table} is a reference table: it is on every shard.")
+        slot = placement.pin.slot(key)
+        if slot is None:
+            raise ShardKeyError(
+                f"{key!r} is no key of {table}; it must be {placement.pin.accepts}."
+            )
+        return self.topology.owner(slot)
+
+    def slot_of_value(self, key: object) -> int:
+        """Return the slot of a shard key by its Python type alone.
+
+        An int is hashed as bigint, a str as text, a UUID, bytes and a date as what
+        they are. Raises ShardKeyError for anything else.
+        """
+        for key_type in KEY_TYPES.values():
+            slot = key_type.slot(key)
+            if slot is not None:
+                return slot
+        raise ShardKeyError(
+            f"{key!r} is no shard key: use an int, a str, a UUID, bytes or a date."
+        )
+
+    def explain(self, statement: Any, params: Mapping[str, Any] | None = None) -> Plan:
+        """Return on which shards *statement* would run, and why."""
+        with self.sessionmaker()() as session:
+            return session.explain(statement, params)
+
+    # -- commits ---------------------------------------------------------------------
+
+    def _commit(
+        self, connections: Mapping[str, Connection], ack: Ack
+    ) -> Future[None] | None:
+        topology = self._known
+        assert topology is not None
+        numbers = {name: topology.addresses[name].number for name in connections}
+        return self._committer.commit(topology.cluster, numbers, connections, ack)
+
+    def recover(self, *, grace: float = 60.0) -> RecoveryReport:
+        """Finish what crashed processes have left prepared.
+
+        Looks at transactions of this cluster that were prepared over *grace* seconds
+        ago; commits those that all participants prepared, rolls the others back. One
+        with a participant that cannot be reached stays in doubt until it can.
+        """
+        return self._recovery.recover(grace)
+
+    # -- the end -----------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Finish pending commits, and close the connections opened here."""
+        self._finisher.close()
+        self._row_locks.close()
+        self._shards.dispose()
+
+    async def aclose(self) -> None:
+        """Do what `close` does, for async sessions as well."""
+        import asyncio
+
+        await asyncio.to_thread(self._finisher.close)
+        await self._row_locks.aclose()
+        await self._shards.dispose_async()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+def _is_on(placement: Placement, shard: str, topology: Topology) -> bool:
+    return placement.kind is not Kind.HOME or shard == topology.home
+
+
+def _agreed(states: Mapping[str, ShardState]) -> Topology | None:
+    """Return the newest topology that the shards hold, or None if none has one.
+
+    Raises ConfigurationError where a server is too old, cannot prepare transactions,
+    or is not the shard it was given as.
+    """
+    newest: Topology | None = None
+    for name, state in states.items():
+        if state.server_version < _OLDEST_SERVER:
+            raise ConfigurationError(
+                f"shard {name} runs PostgreSQL {state.server_version // 10000};"
+                " shardalchemy needs 15 or newer."
+            )
+        if len(states) > 1 and state.max_prepared_transactions == 0:
+            raise ConfigurationError(
+                f"shard {name} has max_prepared_transactions = 0, so it cannot take"
+                " part in a transaction with others. Set it in postgresql.conf, best to"
+                " the value of max_connections, and restart that server."
+            )
+        if state.shard is not None and state.shard != name:
+            raise ConfigurationError(
+                f"the server given as shard {name} says that it is shard {state.shard}."
+                " Compare the URLs."
+            )
+        if state.topology is None:
+            continue
+        if newest is not None and newest.cluster != state.topology.cluster:
+            raise ConfigurationError(
+                f"shard {name} belongs to another cluster ({state.topology.cluster})"
+                f" than the shards before it ({newest.cluster}). Compare the URLs."
+            )
+        if newest is None or state.topology.epoch > newest.epoch:
+            newest = state.topology
+    if newest is not None:
+        missing = [name for name in newest.shards if name not in states]
+        if missing:
+            raise ConfigurationError(
+                f"the cluster also has shard {', '.join(missing)}, for which no URL was"
+                " given. Add it to Cluster({…})."
+            )
+    return newest
+
+
+def _initial(states: Mapping[str, ShardState], shards: ShardEngines) -> Topology:
+    """Return the first topology: slots shared evenly, the first shard as home."""
+    names = list(states)
+    return Topology(
+        epoch=1,
+        cluster=str(uuid.uuid4()),
+        home=shards.names[0],
+        addresses={
+            name: ShardAddress.of(number, shards.url(name))
+            for number, name in enumerate(shards.names)
+        },
+        ring=allocate([name for name in shards.names if name in names]),
+    )

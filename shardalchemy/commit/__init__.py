@@ -1,0 +1,18 @@
+"""Committing on several shards as one transaction.
+
+1. On all participants at once: insert a marker row and ``PREPARE TRANSACTION``, in one
+   message (`driver`). "All have prepared" is the decision; nothing else is written.
+2. On all at once: ``COMMIT PREPARED``. With ``ack="prepared"`` the caller does not wait
+   for this step; `finisher` carries it out, repeats what fails, and deletes markers.
+3. What a crash or a lost reply leaves behind, `recovery` decides by looking at each
+   participant, in any process, with nobody's memory (`protocol` says how).
+
+`gid` is the name a transaction carries on every participant.
+"""
+
+from shardalchemy.commit.driver import Ack, CommitDriver
+from shardalchemy.commit.finisher import Finisher
+from shardalchemy.commit.gid import Gid
+from shardalchemy.commit.recovery import Recovery, RecoveryReport
+
+__all__ = ["Ack", "CommitDriver", "Finisher", "Gid", "Recovery", "RecoveryReport"]

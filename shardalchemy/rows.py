@@ -1,0 +1,192 @@
+"""Where an object's row lives, for the unit of work.
+
+A stored object's slot comes from its identity key, which always holds a pin: reading
+an attribute could start a load in the middle of a flush. A new object's slot comes
+from its shard key; what can be generated for it, the key's default, a locator, a
+number from the home shard's sequence, is generated here, before its connection is
+chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Table
+from sqlalchemy.sql import ClauseElement
+
+from shardalchemy.errors import ShardKeyError
+from shardalchemy.ids import Locator, new_locator
+from shardalchemy.schema import Kind, Pin, placement_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Column
+    from sqlalchemy.orm import InstanceState, Mapper
+
+__all__ = ["RowPlacement", "generated_default", "row_placement"]
+
+_NO_VALUE = object()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowPlacement:
+    """Where the rows of one mapper live.
+
+    ``key_attribute`` holds the shard key, ``identity_index`` is the place in the
+    identity key of a column that pins, and ``counted`` are attributes that the home
+    shard's sequence counts.
+    """
+
+    kind: Kind
+    name: str = ""
+    pin: Pin | None = None
+    key_column: Column[Any] | None = None
+    key_attribute: str = ""
+    identity_index: int = 0
+    identity_pin: Pin | None = None
+    locators: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+    counted: tuple[tuple[str, Column[Any]], ...] = ()
+
+    def stored_slot(self, state: InstanceState[Any]) -> int:
+        """Return the slot of an object that has an identity.
+
+        Raises ShardKeyError where an attribute that says where the row lives has
+        been changed.
+        """
+        assert self.identity_pin is not None
+        assert state.key is not None
+        if state.committed_state:
+            for attribute in self.pinned:
+                before = state.committed_state.get(attribute, _NO_VALUE)
+                if before is _NO_VALUE:
+                    continue
+                after = state.dict.get(attribute, before)
+                if after != before and not _is_marker(before):
+                    raise ShardKeyError(
+                        f"{self.name}.{attribute} was changed from {before!r} to"
+                        f" {after!r}: it says on which shard the row lives. Delete the"
+                        " object and add a new one with that value."
+                    )
+        slot = self.identity_pin.slot(state.key[1][self.identity_index])
+        assert slot is not None
+        return slot
+
+    def new_slot(
+        self, state: InstanceState[Any], next_value: Callable[[Column[Any]], int]
+    ) -> int:
+        """Return the slot of an object to be inserted; generate what it lacks.
+
+        Raises ShardKeyError where the shard key has no value that can be hashed.
+        """
+        assert self.pin is not None
+        values = state.dict
+        for attribute, column in self.counted:
+            if values.get(attribute) is None:
+                values[attribute] = next_value(column)
+        key = values.get(self.key_attribute)
+        if key is None:
+            assert self.key_column is not None
+            key = generated_default(self.key_column)
+            if key is None:
+                raise ShardKeyError(
+                    f"a new {self.name} has no {self.key_attribute}, which is its"
+                    " shard key. Set it, or the relationship it comes from, before the"
+                    " flush."
+                )
+            values[self.key_attribute] = key
+        slot = self.pin.slot(key)
+        if slot is None:
+            what = "a SQL expression" if isinstance(key, ClauseElement) else repr(key)
+            raise ShardKeyError(
+                f"{self.name}.{self.key_attribute} is the shard key and is {what};"
+                f" it must be {self.pin.accepts}."
+            )
+        for attribute in self.locators:
+            given = values.get(attribute)
+            if given is None:
+                values[attribute] = new_locator(slot)
+        return slot
+
+    def peeked_slot(self, state: InstanceState[Any]) -> int | None:
+        """Return a new object's slot if its key is set already, and generate nothing."""
+        key = state.dict.get(self.key_attribute)
+        if key is None or self.pin is None:
+            return None
+        return self.pin.slot(key)
+
+
+def _is_marker(value: object) -> bool:
+    """Return whether *value* is SQLAlchemy's sign for "it was never loaded"."""
+    return type(value).__name__ == "LoaderCallableStatus"
+
+
+def generated_default(column: Column[Any]) -> Any:
+    """Return the value of *column*'s Python-side default, or None if it has none.
+
+    Raises ShardKeyError for a default that needs the other parameters of the INSERT.
+    """
+    default: Any = column.default
+    if default is None or not (default.is_scalar or default.is_callable):
+        return None
+    if default.is_scalar:
+        return default.arg
+    try:
+        return default.arg(None)
+    except AttributeError as error:
+        raise ShardKeyError(
+            f"the default of {column} reads other values of the row, which are not known"
+            " when its shard is chosen. Set the shard key before the flush."
+        ) from error
+
+
+_known: WeakKeyDictionary[Mapper[Any], RowPlacement] = WeakKeyDictionary()
+
+
+def row_placement(mapper: Mapper[Any]) -> RowPlacement:
+    """Return where the rows of *mapper* live."""
+    found = _known.get(mapper)
+    if found is None:
+        found = _known[mapper] = _resolve(mapper)
+    return found
+
+
+def _resolve(mapper: Mapper[Any]) -> RowPlacement:
+    table = mapper.base_mapper.local_table
+    if not isinstance(table, Table):
+        return RowPlacement(Kind.HOME)
+    placement = placement_of(table)
+    name = mapper.class_.__name__
+    if placement.kind is not Kind.SHARDED:
+        return RowPlacement(placement.kind, name)
+    assert placement.column is not None
+
+    def attribute(column: Column[Any]) -> str:
+        key: str = mapper.get_property_by_column(column).key
+        return key
+
+    identity_index = next(
+        index
+        for index, column in enumerate(mapper.primary_key)
+        if column.key in placement.pins
+    )
+    counted = table.autoincrement_column
+    return RowPlacement(
+        placement.kind,
+        name,
+        placement.pin,
+        placement.column,
+        attribute(placement.column),
+        identity_index,
+        placement.pins[mapper.primary_key[identity_index].key],
+        tuple(
+            attribute(column)
+            for column in table.c
+            if isinstance(column.info.get("shardalchemy"), Locator)
+        ),
+        tuple(attribute(table.c[key]) for key in placement.pins),
+        () if counted is None else ((attribute(counted), counted),),
+    )

@@ -1,0 +1,130 @@
+"""A session's transaction over several shards.
+
+SQLAlchemy commits a session's connections one after another. Here the commit is made
+when the session transaction *prepares*: flushed, with all its connections still open.
+What SQLAlchemy then does to each connection finds nothing left to send, so its own
+states and events stay as they are in a plain ``Session``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.engine import RootTransaction
+from sqlalchemy.orm.session import SessionTransaction, SessionTransactionState
+from sqlalchemy.orm.state_changes import _StateChange
+
+from shardalchemy.engine import attempt_all, fanout
+from shardalchemy.engine.wire import driver_of, in_failed_transaction, simple_query
+from shardalchemy.errors import TransactionAborted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import Connection
+
+    from shardalchemy.session import ShardedSession
+
+__all__ = ["ShardedTransaction"]
+
+logger = logging.getLogger(__name__)
+
+
+class ShardedTransaction(SessionTransaction):
+    """The root transaction of a `ShardedSession`."""
+
+    session: ShardedSession
+
+    @_StateChange.declare_states(
+        (SessionTransactionState.ACTIVE,), SessionTransactionState.PREPARED
+    )
+    def _prepare_impl(self) -> None:
+        with self._expect_state(SessionTransactionState.PREPARED):
+            super()._prepare_impl()
+        connections = self._own_connections()
+        if len(connections) < 2:
+            return  # SQLAlchemy's COMMIT on the one connection is all there is to do
+        try:
+            self._commit_together(connections)
+        except BaseException:
+            with self._expect_state(SessionTransactionState.CLOSED):
+                self.rollback()
+            raise
+
+    def close(self, invalidate: bool = False) -> None:
+        """Close the transaction, and let others have the rows' turns."""
+        super().close(invalidate)
+        self.session._release_turns()
+
+    def _own_connections(self) -> dict[str, Connection]:
+        """Return the shards' connections on which this transaction is to be ended.
+
+        Not those that the caller gave with a transaction of their own.
+        """
+        names = self.session._names
+        return {
+            names[connection.engine]: connection
+            for connection, transaction, ends, _ in set(self._connections.values())
+            if ends
+            and isinstance(transaction, RootTransaction)
+            and connection.engine in names
+        }
+
+    def _commit_together(self, connections: Mapping[str, Connection]) -> None:
+        # In the order of their names, so that transactions that meet meet in one order.
+        connections = dict(sorted(connections.items()))
+        for shard, connection in connections.items():
+            if in_failed_transaction(driver_of(connection)):
+                raise TransactionAborted(
+                    f"a statement on shard {shard} has failed in this transaction, so it"
+                    " cannot commit; it was rolled back on every shard."
+                )
+        written = self._written(connections)
+        if len(written) > 1:
+            self.session._commit_on({s: connections[s] for s in written})
+            connections = {s: c for s, c in connections.items() if s not in written}
+            _end(connections, writer=None, decided=True)
+        else:
+            writer = next(iter(written), None)
+            _end(connections, writer, decided=writer is not None)
+
+    def _written(self, connections: Mapping[str, Connection]) -> list[str]:
+        """Return the shards on which the transaction has an id, having written."""
+        known = self.session._written_shards
+        asked = {s: c for s, c in connections.items() if s not in known}
+        answers = fanout(_has_written, asked) if asked else {}
+        return [s for s in connections if s in known or answers[s]]
+
+
+def _end(
+    connections: Mapping[str, Connection], writer: str | None, *, decided: bool
+) -> None:
+    """Commit shards of which at most *writer* has written: no protocol is needed.
+
+    Where the outcome is *decided* by writes, a reader's failure to end changes nothing
+    for the caller any more.
+    """
+
+    def commit(shard: str, connection: Connection) -> None:
+        (tag,) = simple_query(connection, "COMMIT")
+        if tag != "COMMIT":
+            raise TransactionAborted(
+                f"the transaction on shard {shard} had failed before the commit; it was"
+                " rolled back."
+            )
+
+    if not connections:
+        return
+    outcomes = attempt_all(commit, connections)
+    for shard, outcome in outcomes.items():
+        if isinstance(outcome, Exception):
+            if shard == writer or not decided:
+                raise outcome
+            logger.warning("shard %s, only read from, did not end: %s", shard, outcome)
+
+
+def _has_written(shard: str, connection: Connection) -> Any:
+    return connection.exec_driver_sql(
+        "SELECT pg_current_xact_id_if_assigned() IS NOT NULL"
+    ).scalar()

@@ -32,7 +32,11 @@ class AsyncShardedSession(AsyncSession):
     sync_session: _SyncShardedSession
 
     async def lock_row(
-        self, entity: type[T], ident: Any, *, timeout: float = 10.0
+        self,
+        entity: type[T],
+        ident: Any,
+        *,
+        timeout: float = 10.0,  # noqa: ASYNC109
     ) -> T:
         """Wait for the row's turn, then return it locked; `ShardedSession.lock_row`."""
         return await greenlet_spawn(

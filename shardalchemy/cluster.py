@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from sqlalchemy import Table, inspect
 from sqlalchemy.orm import sessionmaker
@@ -158,11 +158,13 @@ class Cluster:
 
     # -- sessions --------------------------------------------------------------------
 
-    def sessionmaker(
-        self,
-        class_: type[S] = ShardedSession,
-        **options: Any,  # type: ignore[assignment]
-    ) -> sessionmaker[S]:
+    @overload
+    def sessionmaker(self, **options: Any) -> sessionmaker[ShardedSession]: ...
+
+    @overload
+    def sessionmaker(self, class_: type[S], **options: Any) -> sessionmaker[S]: ...
+
+    def sessionmaker(self, class_: Any = ShardedSession, **options: Any) -> Any:
         """Return a ``sqlalchemy.orm.sessionmaker`` of this cluster's sessions.
 
         Takes what SQLAlchemy's takes, and ``ack``. *class_* is `ShardedSession` or a
@@ -260,7 +262,7 @@ class Cluster:
 
     def explain(self, statement: Any, params: Mapping[str, Any] | None = None) -> Plan:
         """Return on which shards *statement* would run, and why."""
-        with self.sessionmaker()() as session:
+        with ShardedSession(cluster=self) as session:
             return session.explain(statement, params)
 
     # -- commits ---------------------------------------------------------------------

@@ -112,7 +112,7 @@ class RowPlacement:
         return slot
 
     def peeked_slot(self, state: InstanceState[Any]) -> int | None:
-        """Return a new object's slot if its key is set already, and generate nothing."""
+        """Return a new object's slot if its key is set already; generate nothing."""
         key = state.dict.get(self.key_attribute)
         if key is None or self.pin is None:
             return None
@@ -138,7 +138,7 @@ def generated_default(column: Column[Any]) -> Any:
         return default.arg(None)
     except AttributeError as error:
         raise ShardKeyError(
-            f"the default of {column} reads other values of the row, which are not known"
+            f"the default of {column} reads other values of the row, unknown"
             " when its shard is chosen. Set the shard key before the flush."
         ) from error
 
@@ -181,7 +181,7 @@ def _resolve(mapper: Mapper[Any]) -> RowPlacement:
         placement.column,
         attribute(placement.column),
         identity_index,
-        placement.pins[mapper.primary_key[identity_index].key],
+        placement.pins[str(mapper.primary_key[identity_index].key)],
         tuple(
             attribute(column)
             for column in table.c

@@ -94,7 +94,7 @@ class ShardedSession(Session):
     _is_async = False
 
     @property
-    def bind(self) -> Engine | Connection:  # type: ignore[override]
+    def bind(self) -> Engine | Connection:
         """The home shard's engine, which is what an unannotated model is bound to."""
         return self._engines.of(self._topology().home)
 
@@ -188,13 +188,13 @@ class ShardedSession(Session):
                         )
         return super().get_bind(mapper, clause=clause, bind=bind, **kw)
 
-    def _execute_internal(  # type: ignore[override]
+    def _execute_internal(
         self,
         statement: Any,
         params: Any = None,
         *,
         execution_options: Mapping[str, Any] = EMPTY_DICT,
-        bind_arguments: Mapping[str, Any] | None = None,
+        bind_arguments: dict[str, Any] | None = None,
         _parent_execute_state: Any = None,
         _add_event: Any = None,
         _scalar_result: bool = False,
@@ -262,7 +262,7 @@ class ShardedSession(Session):
     def _run_on_all(
         self,
         run: Any,
-        shards: Sequence[str],
+        shards: Sequence[Any],
         analysis: Analysis | None,
         options: Mapping[str, Any],
     ) -> Any:
@@ -301,6 +301,7 @@ class ShardedSession(Session):
                 return self._home_first(topology), analysis, params
             return (self._shard_at_hand(topology),), analysis, params
         if isinstance(statement, Insert):
+            slots: set[int] | None
             params, slots = self._insert_slots(statement, analysis, params)
         else:
             # A parameter that stands for a pending object's key needs it flushed.
@@ -520,7 +521,7 @@ class ShardedSession(Session):
             if slot is not None and owners is None:
                 owners = self._topology().owners
             shard = "" if slot is None or owners is None else owners[slot]
-            ranked.append((shard, state.insert_order, state))
+            ranked.append((shard, state.insert_order or 0, state))
         if owners is None:
             return
         places = sorted(order for _, order, _ in ranked)
@@ -576,7 +577,8 @@ class ShardedSession(Session):
 
         Raises LockTimeout, or NoResultFound where there is no such row.
         """
-        return self._cluster._row_locks.lock(self, entity, ident, timeout)
+        row: T = self._cluster._row_locks.lock(self, entity, ident, timeout)
+        return row
 
 
 _HOME: tuple[None] = (None,)

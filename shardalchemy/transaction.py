@@ -16,7 +16,12 @@ from sqlalchemy.orm.session import SessionTransaction, SessionTransactionState
 from sqlalchemy.orm.state_changes import _StateChange
 
 from shardalchemy.engine import attempt_all, fanout
-from shardalchemy.engine.wire import driver_of, in_failed_transaction, simple_query
+from shardalchemy.engine.wire import (
+    driver_of,
+    in_failed_transaction,
+    is_lost,
+    simple_query,
+)
 from shardalchemy.errors import TransactionAborted
 
 if TYPE_CHECKING:
@@ -48,14 +53,29 @@ class ShardedTransaction(SessionTransaction):
         try:
             self._commit_together(connections)
         except BaseException:
+            self._give_up_lost()
             with self._expect_state(SessionTransactionState.CLOSED):
                 self.rollback()
             raise
+        self._give_up_lost()
 
     def close(self, invalidate: bool = False) -> None:
         """Close the transaction, and let others have the rows' turns."""
         super().close(invalidate)
         self.session._release_turns()
+
+    def _give_up_lost(self) -> None:
+        """Leave connections that were lost out of what SQLAlchemy still has to end.
+
+        The outcome is known by now; a COMMIT or ROLLBACK that cannot be sent would
+        hide it.
+        """
+        for key, (connection, transaction, ends, own) in list(
+            self._connections.items()
+        ):
+            if ends and (connection.invalidated or is_lost(driver_of(connection))):
+                connection.invalidate()
+                self._connections[key] = (connection, transaction, False, own)
 
     def _own_connections(self) -> dict[str, Connection]:
         """Return the shards' connections on which this transaction is to be ended.
@@ -77,8 +97,8 @@ class ShardedTransaction(SessionTransaction):
         for shard, connection in connections.items():
             if in_failed_transaction(driver_of(connection)):
                 raise TransactionAborted(
-                    f"a statement on shard {shard} has failed in this transaction, so it"
-                    " cannot commit; it was rolled back on every shard."
+                    f"a statement on shard {shard} has failed in this transaction; it"
+                    " cannot commit and it was rolled back on every shard."
                 )
         written = self._written(connections)
         if len(written) > 1:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import uvicorn
+from fastapi import FastAPI
 
 from shardalchemy.local import LocalCluster
 from shop.api import create_app
@@ -16,11 +20,17 @@ def main() -> None:
         cluster = servers.cluster()
         cluster.create_all(Base.metadata)
         load(cluster.sessionmaker(), generate(customers=100, products=200, hot=2))
+
+        @asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            async with cluster:
+                yield
+
         for name, url in servers.urls.items():
             print(f"{name}: {url}")
         print("API: http://127.0.0.1:8000/docs")
-        uvicorn.run(create_app(cluster.async_sessionmaker()), log_level="warning")
-        cluster.close()
+        app = create_app(cluster.async_sessionmaker(), lifespan=lifespan)
+        uvicorn.run(app, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _qualified(table: Table) -> sql.Identifier:
 
 
 def _of_column(template: str, column: Column[object]) -> sql.Composed:
-    return sql.SQL(template).format(sql.Identifier(column.name))  # type: ignore[arg-type]
+    return sql.SQL(template).format(sql.Identifier(column.name))
 
 
 def write_ownership(

@@ -32,7 +32,7 @@ class Sequences:
         self._values: defaultdict[Column[int], deque[int]] = defaultdict(deque)
 
     def next(self, column: Column[int], home: Engine | Connection) -> int:
-        """Return the next value of *column*, asking *home* when the block is used up."""
+        """Return the next value of *column*; ask *home* when the block is used up."""
         values = self._values[column]
         while True:
             try:

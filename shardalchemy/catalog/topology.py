@@ -85,7 +85,7 @@ class Topology:
         """Return the topology that `document` wrote."""
         owners = tuple(name for name, size in document["slots"] for _ in range(size))
         assert len(owners) == SLOTS
-        # JSON objects come back from jsonb ordered by key length; numbers are the order.
+        # jsonb orders the names of an object by length; the numbers are the order.
         shards = sorted(document["shards"].items(), key=lambda item: item[1]["number"])
         return cls(
             epoch,

@@ -40,7 +40,8 @@ RETENTION = 10.0
 logger = logging.getLogger(__name__)
 
 _BATCH = 500
-_TRIES = 20
+_GIVE_UP = 300.0  # seconds
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 _FORGET = text("DELETE FROM shardalchemy.txn WHERE gid = ANY(:gids)")
 
 
@@ -52,7 +53,7 @@ class _Work:
     command: str
     branches: dict[str, str]
     done: Future[None] = field(default_factory=Future)
-    tries: int = 0
+    since: float = field(default_factory=time.monotonic)
     marker_on: tuple[str, ...] = ()
 
 
@@ -114,13 +115,14 @@ class Finisher:
     def _run(self) -> None:
         ending = False
         waiting: list[_Work] = []
-        while not ending or waiting:
-            works, ended = self._next(wait=0.05 if waiting else 1.0)
-            ending |= ended
+        pause = _SHORTEST_PAUSE
+        while not ending:
+            works, ending = self._next(wait=pause if waiting else 1.0)
             waiting = self._finish(waiting + works) if waiting or works else []
-            if ending:
-                waiting = [work for work in waiting if work.tries < 2]
+            pause = min(pause * 2, _LONGEST_PAUSE) if waiting else _SHORTEST_PAUSE
             self._forget(time.monotonic() - RETENTION)
+        if waiting:
+            logger.warning("%d transactions are left to recovery", len(waiting))
         self._forget(time.monotonic())
         for connection in self._connections.values():
             connection.close()
@@ -141,7 +143,6 @@ class Finisher:
         """Carry out a batch; return what has to be tried again."""
         by_shard: defaultdict[str, list[_Work]] = defaultdict(list)
         for work in works:
-            work.tries += 1
             for shard in work.branches:
                 by_shard[shard].append(work)
         connections = {}
@@ -172,7 +173,7 @@ class Finisher:
                 if work.marker_on:
                     self._markers.append((time.monotonic(), work.gid, work.marker_on))
                 work.done.set_result(None)
-            elif work.tries < _TRIES:
+            elif time.monotonic() - work.since < _GIVE_UP:
                 again.append(work)
             else:
                 logger.warning("%s is left to recovery on %s", work.gid, work.branches)

@@ -56,7 +56,8 @@ class ReplicatedConnection:
             tuple(p.get(k) for k in keys) for p in context.compiled_parameters
         ]
         if any(None in identity for identity in identities):
-            identities = [tuple(row) for row in result.inserted_primary_key_rows]
+            generated: Any = result.inserted_primary_key_rows
+            identities = [tuple(row) for row in generated]
         rows = self._rows(table, identities)
         fanout(
             lambda _, connection: connection.execute(insert(table), rows), self._others

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import inspect, text
-from sqlalchemy.orm import exc as orm_exc
 
 from shardalchemy.errors import LockTimeout
 from shardalchemy.locks.turns import Turns
@@ -102,7 +101,7 @@ class RowLocks:
             _RESTORE_TIMEOUT, {"timeout": before}, execution_options=options
         )
         if row is None:
-            raise orm_exc.NoResultFound(f"no row of {name}")
+            raise sa_exc.NoResultFound(f"no row of {name}")
         return row
 
     def close(self) -> None:

@@ -160,12 +160,9 @@ def test_settings_of_the_caller_win(kept: Path) -> None:
             _ = servers.redis_url
 
 
-def test_one_more_server_can_be_added(servers: LocalCluster) -> None:
-    url = servers.add_server("extra")
-    assert servers.urls["extra"] == url
-    assert value(url, "SELECT 1") == 1
+def test_one_more_server_needs_a_good_name(servers: LocalCluster) -> None:
     with pytest.raises(LocalServerError, match="already"):
-        servers.add_server("extra")
+        servers.add_server("s1")
     with pytest.raises(LocalServerError, match="cannot name a shard"):
         servers.add_server("../extra")
 
@@ -290,7 +287,7 @@ def test_a_pid_file_whose_pid_was_given_to_another_server_is_seen_through(
 
 
 def test_a_port_taken_between_choice_and_use_is_replaced(
-    monkeypatch: pytest.MonkeyPatch,
+    kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as occupant:
         occupant.bind(("127.0.0.1", 0))
@@ -301,21 +298,36 @@ def test_a_port_taken_between_choice_and_use_is_replaced(
         monkeypatch.setattr(
             ports, "free_port", lambda: choices.pop() if choices else free_port()
         )
-        with LocalCluster(1) as servers:
+        with LocalCluster(directory=kept) as servers:
             assert not choices
             assert servers.servers["s1"].port != taken
             assert servers.redis.port != taken
             assert value(servers.urls["s1"], "SELECT 1") == 1
 
 
-def test_a_server_that_does_not_start_is_explained_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    servers = LocalCluster(1, settings={"shared_buffers": "nonsense"})
+def test_a_server_that_does_not_start_is_explained_by_its_log(kept: Path) -> None:
+    servers = LocalCluster(directory=kept, settings={"shared_buffers": "nonsense"})
     with pytest.raises(LocalServerError, match="invalid value for parameter"):
         servers.start()
-    assert list(folder.iterdir()) == []
+    with LocalCluster(directory=kept) as servers:
+        assert value(servers.urls["s1"], "SELECT 1") == 1
+
+
+def test_a_start_that_fails_leaves_no_directory(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    programs = folder / "programs"
+    programs.mkdir()
+    for name, status in (("postgres", 0), ("initdb", 7)):
+        (programs / name).write_text(
+            f"#!/bin/sh\necho 'fake (PostgreSQL) 18.0'\n"
+            f'test "$1" = --version || exit {status}\n'
+        )
+        (programs / name).chmod(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(LocalServerError, match=r"initdb failed:\nfake"):
+        LocalCluster(2, postgres=programs).start()
+    assert list(folder.iterdir()) == [programs]
 
 
 # --- directories ---------------------------------------------------------------------
@@ -342,11 +354,12 @@ def test_a_temporary_directory_is_gone_after_stop_and_a_crashs_shared_memory() -
     assert [look_up(pid) for pid in pids if pid] == [None] * 2
 
 
-def test_a_directory_keeps_data_names_and_password(folder: Path) -> None:
+def test_a_directory_keeps_data_names_added_servers_and_password(folder: Path) -> None:
     directory = folder / "deep" / "kept"
     with LocalCluster(["left"], directory=directory) as servers:
-        servers.add_server("middle")
-        with connect(servers.urls["middle"]) as connection:
+        url = servers.add_server("middle")
+        assert servers.urls["middle"] == url
+        with connect(url) as connection:
             connection.execute("CREATE TABLE kept AS SELECT 42 AS answer")
         passwords = {url.split("@")[0] for url in servers.urls.values()}
     record = directory / "cluster.json"
@@ -514,19 +527,24 @@ def mentions(text: str) -> Callable[[str], bool]:
     return does
 
 
-def test_servers_do_not_outlive_a_killed_owner_whose_child_lives_on() -> None:
+def test_servers_do_not_outlive_a_killed_owner_whose_child_lives_on(
+    kept: Path,
+) -> None:
     code = """
-with LocalCluster(1) as servers:
+with LocalCluster(directory=sys.argv[1]) as servers:
     if os.fork() == 0:
         sys.stdin.read()
         os._exit(0)
     report(servers)
     time.sleep(60)
 """
-    with script(code) as process:
-        pids, directory, _ = reported(process)
+    with script(code, str(kept)) as process:
+        pids, _, _ = reported(process)
         process.kill()
-        assert wait_until(lambda: gone(pids) and not directory.exists())
+        assert wait_until(lambda: gone(pids))
+        # The child has the directory's lock, too, but must not keep it.
+        with LocalCluster(directory=kept):
+            pass
 
 
 def test_a_directory_can_be_used_as_soon_as_its_owner_was_killed(kept: Path) -> None:
@@ -548,24 +566,24 @@ time.sleep(60)
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_terminals_whole_group_ends_cleanly(
-    end: signal.Signals,
+    end: signal.Signals, kept: Path
 ) -> None:
     code = """
-with LocalCluster(1) as servers:
-    report(servers)
+with LocalCluster(directory=sys.argv[1]) as servers:
     try:
+        report(servers)
         time.sleep(60)
     except KeyboardInterrupt:
         print(all(server.running for server in servers.servers.values()), flush=True)
 """
-    with script(code) as process:
-        pids, directory, _ = reported(process)
+    with script(code, str(kept)) as process:
+        pids, _, _ = reported(process)
         os.killpg(process.pid, end)
         output, _ = process.communicate(timeout=20)
         if end == signal.SIGINT:
             assert output.strip() == "True"
             assert process.returncode == 0
-        assert wait_until(lambda: gone(pids) and not directory.exists())
+        assert wait_until(lambda: gone(pids))
 
 
 def test_servers_stop_at_exit_without_being_told(kept: Path) -> None:
@@ -683,14 +701,19 @@ def run_pytest(folder: Path, test: str, *options: str) -> str:
     ).stdout
 
 
-def test_the_plugin_gives_a_test_its_servers(folder: Path) -> None:
+def test_the_plugin_gives_a_test_its_servers_and_a_cluster(folder: Path) -> None:
     test = """
+from shardalchemy.cluster import Cluster
+
 def test_servers(shard_servers, pytestconfig):
     assert list(shard_servers.urls) == ["s1"]
     assert shard_servers.redis_url
+
+def test_cluster(shard_cluster):
+    assert isinstance(shard_cluster, Cluster)
 """
     (folder / "pytest.ini").write_text("[pytest]\nshard_count = 7\n")
-    assert "1 passed" in run_pytest(folder, test, "--shard-count=1")
+    assert "2 passed" in run_pytest(folder, test, "--shard-count=1")
 
 
 def test_the_plugin_skips_without_servers_except_in_ci(
@@ -702,16 +725,6 @@ def test_the_plugin_skips_without_servers_except_in_ci(
     assert "1 skipped" in run_pytest(folder, test)
     monkeypatch.setenv("CI", "true")
     assert "1 error" in run_pytest(folder, test)
-
-
-def test_the_plugin_opens_a_cluster(folder: Path) -> None:
-    pytest.importorskip("shardalchemy.cluster")
-    test = """
-from shardalchemy.cluster import Cluster
-def test_cluster(shard_cluster):
-    assert isinstance(shard_cluster, Cluster)
-"""
-    assert "1 passed" in run_pytest(folder, test, "--shard-count=1")
 
 
 def test_the_plugin_costs_nothing_until_it_is_used() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
 from fastapi import FastAPI, Request, status
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import TimeoutError as WaitedTooLong
@@ -18,9 +21,17 @@ TAGS = [
 ]
 
 
-def create_app(session_factory: async_sessionmaker[AsyncShardedSession]) -> FastAPI:
-    """Return the shop's API over the sessions that ``session_factory`` makes."""
-    app = FastAPI(title="Shop", version="1.0", openapi_tags=TAGS)
+def create_app(
+    session_factory: async_sessionmaker[AsyncShardedSession],
+    *,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """Return the shop's API over the sessions that ``session_factory`` makes.
+
+    ``lifespan`` is entered when the application starts and left when it stops: where
+    the cluster behind the sessions is closed.
+    """
+    app = FastAPI(title="Shop", version="1.0", openapi_tags=TAGS, lifespan=lifespan)
     app.state.session_factory = session_factory
     for routes in (customers.router, catalogue.router, orders.router):
         app.include_router(routes)

@@ -1,0 +1,269 @@
+"""Commits over several shards, by what the servers hold afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from sqlalchemy import event, exc, select, text
+
+from shardalchemy import Cluster, ConfigurationError, TransactionAborted
+from shardalchemy.commit import finisher
+from shardalchemy.local import LocalCluster
+from tests.commit.accounts import Account, Base, Note, number_on
+from tests.conftest import Servers
+
+
+@pytest.fixture
+def bank(cluster: Cluster) -> Cluster:
+    cluster.create_all(Base.metadata)
+    return cluster
+
+
+BALANCES = "SELECT number, balance FROM accounts ORDER BY number"
+MARKERS = "SELECT gid, outcome FROM shardalchemy.txn"
+
+
+def cleared_markers(servers: Servers) -> None:
+    servers.run("DELETE FROM shardalchemy.txn")
+
+
+@pytest.mark.parametrize("ack", ["committed", "prepared"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_transaction_over_shards_is_on_all_of_them(
+    bank: Cluster, servers: Servers, ack: str, count: int
+) -> None:
+    cleared_markers(servers)
+    shards = list(servers)[:count]
+    numbers = {shard: number_on(bank, shard) for shard in shards}
+    Session = bank.sessionmaker(ack=ack)
+    with Session() as session:
+        session.add_all(Account(number=n, balance=100) for n in numbers.values())
+        session.commit()
+        # The session waits for the second step before it reads there again.
+        for number in numbers.values():
+            assert session.get_one(Account, number).balance == 100
+    assert servers.where(BALANCES) == {s: [(n, 100)] for s, n in numbers.items()}
+    markers = servers.where(MARKERS)
+    assert set(markers) == set(shards)
+    assert len({gid for rows in markers.values() for gid, _ in rows}) == 1
+    assert servers.prepared() == {}
+
+
+def test_one_writer_needs_no_marker(bank: Cluster, servers: Servers) -> None:
+    a, b = number_on(bank, "s1"), number_on(bank, "s2")
+    with bank.sessionmaker()() as session:
+        session.add(Account(number=a, balance=1))
+        session.commit()
+        cleared_markers(servers)
+        session.get(Account, b)  # read on s2, write on s1
+        session.get_one(Account, a).balance = 2
+        session.commit()
+    assert servers.where(MARKERS) == {}
+    assert servers.where(BALANCES) == {"s1": [(a, 2)]}
+
+
+def test_a_lock_for_update_makes_a_shard_a_writer(
+    bank: Cluster, servers: Servers
+) -> None:
+    a, b = number_on(bank, "s1"), number_on(bank, "s2")
+    with bank.sessionmaker().begin() as session:
+        session.add_all([Account(number=a, balance=1), Account(number=b, balance=1)])
+    cleared_markers(servers)
+    with bank.sessionmaker().begin() as session:
+        session.get(Account, b, with_for_update=True)
+        session.get_one(Account, a).balance = 2
+    assert set(servers.where(MARKERS)) == {"s1", "s2"}
+
+
+def test_what_was_written_past_the_orm_takes_part(
+    bank: Cluster, servers: Servers
+) -> None:
+    a = number_on(bank, "s1")
+    with bank.sessionmaker().begin() as session:
+        session.add(Account(number=a, balance=1))
+        home = session.connection(bind_arguments={"shard": "s3"})
+        home.exec_driver_sql("CREATE TABLE extra (x int)")
+    assert servers.where("SELECT to_regclass('extra')::text")["s3"] == [("extra",)]
+    assert servers.where(BALANCES) == {"s1": [(a, 1)]}
+    servers.run("DROP TABLE IF EXISTS extra")
+
+
+def test_rows_of_a_home_table_commit_with_the_others(
+    bank: Cluster, servers: Servers
+) -> None:
+    b = number_on(bank, "s2")
+    with bank.sessionmaker().begin() as session:
+        session.add_all([Note(text="moved"), Account(number=b, balance=5)])
+    assert servers.rows("s1", "SELECT text FROM notes") == [("moved",)]
+    assert servers.where(BALANCES) == {"s2": [(b, 5)]}
+
+
+def test_a_definite_failure_leaves_nothing_on_any_shard(
+    bank: Cluster, servers: Servers
+) -> None:
+    servers.run(
+        "ALTER TABLE accounts ADD CONSTRAINT odd EXCLUDE (balance WITH =)"
+        " DEFERRABLE INITIALLY DEFERRED"
+    )
+    a, b = number_on(bank, "s1"), number_on(bank, "s2")
+    c = number_on(bank, "s2", b + 1)
+    with bank.sessionmaker()() as session:
+        session.add_all(
+            [
+                Account(number=a, balance=1),
+                Account(number=b, balance=7),
+                Account(number=c, balance=7),
+            ]
+        )
+        # The constraint is checked at the commit, here by PREPARE.
+        with pytest.raises(exc.IntegrityError):
+            session.commit()
+        # The session is as after any failed commit: rolled back, and usable.
+        assert session.scalars(select(Account)).all() == []
+    assert servers.where(BALANCES) == {}
+    assert servers.prepared() == {}
+
+
+def test_a_failed_statement_on_one_shard_keeps_all_from_committing(
+    bank: Cluster, servers: Servers
+) -> None:
+    a, b = number_on(bank, "s1"), number_on(bank, "s2")
+    with bank.sessionmaker()() as session:
+        session.add_all([Account(number=a, balance=1), Account(number=b, balance=1)])
+        session.flush()
+        with pytest.raises(exc.DBAPIError):
+            session.execute(text("SELECT 1/0"), execution_options={"shard": "s2"})
+        with pytest.raises(TransactionAborted, match="shard s2 has failed"):
+            session.commit()
+    assert servers.where(BALANCES) == {}
+
+
+def test_a_savepoint_spans_shards(bank: Cluster, servers: Servers) -> None:
+    a, b, c = (number_on(bank, shard) for shard in ("s1", "s2", "s3"))
+    with bank.sessionmaker().begin() as session:
+        session.add(Account(number=a, balance=1))
+        session.flush()
+        savepoint = session.begin_nested()
+        session.add(Account(number=b, balance=1))
+        session.flush()
+        session.add(Account(number=c, balance=-1))
+        with pytest.raises(exc.IntegrityError):
+            session.flush()
+        savepoint.rollback()
+        session.get_one(Account, a).balance = 3
+    assert servers.where(BALANCES) == {"s1": [(a, 3)]}
+
+
+def test_a_rollback_is_on_all_shards(bank: Cluster, servers: Servers) -> None:
+    with bank.sessionmaker()() as session:
+        session.add_all(
+            Account(number=number_on(bank, shard), balance=1) for shard in servers
+        )
+        session.flush()
+        session.rollback()
+    assert servers.where(BALANCES) == {}
+
+
+def test_session_events_are_fired_once(bank: Cluster, servers: Servers) -> None:
+    seen: list[str] = []
+    Session = bank.sessionmaker()
+    for name in ("before_commit", "after_commit", "before_flush", "after_rollback"):
+        event.listen(Session, name, lambda *_, name=name: seen.append(name))
+    with Session() as session:
+        session.add_all(
+            Account(number=number_on(bank, shard), balance=1) for shard in servers
+        )
+        session.commit()
+        assert seen == ["before_commit", "before_flush", "after_commit"]
+        session.rollback()
+
+
+async def test_the_same_in_an_event_loop(bank: Cluster, servers: Servers) -> None:
+    numbers = {shard: number_on(bank, shard) for shard in servers}
+    for ack in ("committed", "prepared"):
+        async with bank.async_sessionmaker(ack=ack)() as session:
+            async with session.begin():
+                for number in numbers.values():
+                    account = await session.get(Account, number)
+                    if account is None:
+                        session.add(Account(number=number, balance=1))
+                    else:
+                        account.balance += 1
+            found = await session.scalars(select(Account))
+            assert {a.number for a in found} == set(numbers.values())
+    await bank.aclose()
+    assert servers.where(BALANCES) == {s: [(n, 2)] for s, n in numbers.items()}
+    assert servers.prepared() == {}
+
+
+async def test_many_tasks_commit_at_once(bank: Cluster, servers: Servers) -> None:
+    a, b = number_on(bank, "s1"), number_on(bank, "s2")
+    Session = bank.async_sessionmaker()
+    async with Session.begin() as session:
+        session.add_all([Account(number=a, balance=100), Account(number=b, balance=0)])
+
+    async def transfer() -> None:
+        async with Session.begin() as session:
+            source = await session.get_one(Account, a, with_for_update=True)
+            target = await session.get_one(Account, b, with_for_update=True)
+            source.balance -= 1
+            target.balance += 1
+
+    await asyncio.gather(*(transfer() for _ in range(40)))
+    await bank.aclose()
+    assert servers.where(BALANCES) == {"s1": [(a, 60)], "s2": [(b, 40)]}
+
+
+def test_markers_are_deleted_in_time(
+    bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finisher, "RETENTION", 0.0)
+    with bank.sessionmaker().begin() as session:
+        session.add_all(
+            Account(number=number_on(bank, shard), balance=1) for shard in servers
+        )
+    bank.close()  # which finishes what is pending
+    assert servers.where(MARKERS) == {}
+
+
+def test_a_server_without_prepared_transactions_is_named_at_the_start() -> None:
+    settings = {"max_prepared_transactions": "0"}
+    with LocalCluster(2, with_redis=False, settings=settings) as local:
+        with (
+            local.cluster() as cluster,
+            pytest.raises(ConfigurationError, match="max_prepared_transactions"),
+        ):
+            cluster.create_all(Base.metadata)
+        # One shard alone prepares nothing.
+        with Cluster({"s1": local.urls["s1"]}) as cluster:
+            cluster.create_all(Base.metadata)
+            with cluster.sessionmaker().begin() as session:
+                session.add(Account(number=1, balance=1))
+
+
+def test_prepared_slots_that_run_out_roll_back_everywhere(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.ERROR)
+    settings = {"max_prepared_transactions": "1"}
+    with (
+        LocalCluster(2, with_redis=False, settings=settings) as local,
+        local.cluster() as cluster,
+    ):
+        cluster.create_all(Base.metadata)
+        servers = Servers(local)
+        with servers.connect("s2") as other:
+            other.execute("BEGIN")
+            other.execute("CREATE TABLE taken (x int)")
+            other.execute("PREPARE TRANSACTION 'someone''s'")
+            with cluster.sessionmaker()() as session:
+                session.add_all(
+                    Account(number=number_on(cluster, shard), balance=1)
+                    for shard in ("s1", "s2")
+                )
+                with pytest.raises(exc.OperationalError, match="max_prepared"):
+                    session.commit()
+            assert servers.where(BALANCES) == {}
+            other.execute("ROLLBACK PREPARED 'someone''s'")

@@ -100,7 +100,8 @@ def write_ownership(
         statement = template.format(
             table=table, name=sql.Identifier(constraint), condition=condition
         )
-        connection.exec_driver_sql(statement.as_string())
+        # The driver reads a lone % as a placeholder.
+        connection.exec_driver_sql(statement.as_string().replace("%", "%%"))
 
 
 def sharded_table_names(connection: Connection) -> frozenset[str]:

@@ -17,7 +17,15 @@ from sqlalchemy.orm import Session, sessionmaker
 from shardalchemy import Cluster
 from shardalchemy.local import LocalCluster
 
-TABLES = ", ".join(table.name for table in Base.metadata.sorted_tables)
+# DELETE is faster than TRUNCATE on tables of a few rows: no file is made anew.
+EMPTY = "".join(
+    [
+        "UPDATE comment SET parent_id = NULL;",
+        *(f"DELETE FROM {t.name};" for t in reversed(Base.metadata.sorted_tables)),
+        "SELECT setval(c.oid::regclass, s.seqstart, false)"
+        " FROM pg_class AS c JOIN pg_sequence AS s ON s.seqrelid = c.oid",
+    ]
+)
 
 
 def run(url: str, statement: str) -> None:
@@ -50,9 +58,7 @@ class Installation:
 
     def empty(self) -> None:
         """Empty all tables, and let all ids count from the start again."""
-        run(self.home_url, f"TRUNCATE {TABLES} RESTART IDENTITY")
-        run(self.home_url, "ALTER SEQUENCE post_number RESTART")
-        run(self.home_url, "ALTER SEQUENCE receipt_number RESTART")
+        run(self.home_url, EMPTY)
 
 
 def databases(servers: LocalCluster, name: str) -> dict[str, str]:
@@ -60,6 +66,7 @@ def databases(servers: LocalCluster, name: str) -> dict[str, str]:
     urls = {}
     for shard, url in servers.urls.items():
         run(url, f"CREATE DATABASE {name}")
+        run(url, f"ALTER DATABASE {name} SET synchronous_commit = off")
         urls[shard] = (
             make_url(url).set(database=name).render_as_string(hide_password=False)
         )

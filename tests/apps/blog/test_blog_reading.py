@@ -275,7 +275,7 @@ def test_textual_sql_is_sent_as_it_is(session: Any) -> None:
         text("SELECT count(*) FROM post WHERE stars > :stars"), {"stars": 5}
     )
     assert count == 2
-    statement = text("SELECT * FROM post ORDER BY id").columns(
+    statement = text("SELECT id, slug, title FROM post ORDER BY id").columns(
         Post.id, Post.slug, Post.title
     )
     posts = session.scalars(

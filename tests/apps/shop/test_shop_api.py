@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from shop.models import Product
 from shop_stage import CATEGORY, Buyer, Stage
 from sqlalchemy.orm import sessionmaker
 
@@ -26,7 +28,7 @@ async def place(
 async def test_from_registration_to_a_refund(
     client: httpx.AsyncClient, assert_sound: Callable[[], None]
 ) -> None:
-    async def post(path: str, json: object = None, **options: object) -> object:
+    async def post(path: str, json: object = None, **options: Any) -> Any:
         response = await client.post(path, json=json, **options)
         assert response.is_success, response.text
         return response.json()
@@ -199,8 +201,6 @@ async def test_a_buyer_whose_turn_does_not_come_is_asked_to_try_again(
     Session: sessionmaker[ShardedSession],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from shop.models import Product
-
     monkeypatch.setattr("shop.services.stock.QUEUE_TIMEOUT", 0.2)
     buyer, lantern = stage.buyer(), stage.product(hot=True)
     stage.fill_cart(buyer, {lantern: 1})

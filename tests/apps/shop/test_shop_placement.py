@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import LiteralString
 from uuid import UUID, uuid4
 
 import pytest
+import shop
 from shop import services
 from shop.models import (
     CartItem,
@@ -174,3 +177,20 @@ def test_all_that_a_customer_owns_lives_together(
         ("SELECT count(*) FROM cart_items WHERE customer_id = %s", buyer.id),
     ):
         assert servers.holding(query, ident) == {home: 1}
+
+
+def test_only_the_declarations_know_about_shards() -> None:
+    imported: dict[str, set[str]] = {}
+    source = Path(shop.__file__).parent
+    for path in source.rglob("*.py"):
+        module = path.relative_to(source).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "shardalchemy":
+                names = imported.setdefault(module[0], set())
+                names.update(alias.name for alias in node.names)
+    assert imported == {
+        "models": {"locator_id", "reference_table", "sharded_by"},
+        "services": {"ShardedSession"},
+        "api": {"AsyncShardedSession", "ShardedSession"},
+        "data": {"ShardedSession"},
+    }

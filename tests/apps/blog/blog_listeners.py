@@ -16,6 +16,10 @@ def listen(target: Any) -> None:
     event.listen(target, "after_flush", audit_additions)
 
 
+def _is_visible(entity: type[SoftDeleted]) -> Any:
+    return entity.deleted_at.is_(None)
+
+
 def hide_deleted(state: ORMExecuteState) -> None:
     if (
         state.is_select
@@ -24,9 +28,7 @@ def hide_deleted(state: ORMExecuteState) -> None:
         and not state.execution_options.get("with_deleted", False)
     ):
         state.statement = state.statement.options(
-            with_loader_criteria(
-                SoftDeleted, lambda cls: cls.deleted_at.is_(None), include_aliases=True
-            )
+            with_loader_criteria(SoftDeleted, _is_visible, include_aliases=True)
         )
 
 

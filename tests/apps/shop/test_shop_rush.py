@@ -21,6 +21,12 @@ from shardalchemy import ShardedSession
 Factory = sessionmaker[ShardedSession]
 
 
+@pytest.fixture(autouse=True)
+def patient_buyers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine the queue is slow, and that is not what is tested here."""
+    monkeypatch.setattr("shop.services.stock.QUEUE_TIMEOUT", 60.0)
+
+
 @pytest.mark.parametrize("hot", [False, True])
 def test_threads_never_oversell(
     stage: Stage, assert_sound: Callable[[], None], hot: bool

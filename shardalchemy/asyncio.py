@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import EMPTY_DICT, greenlet_spawn
@@ -10,12 +10,14 @@ from sqlalchemy.util import EMPTY_DICT, greenlet_spawn
 from shardalchemy.session import ShardedSession
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from shardalchemy.planner import Plan
 
 __all__ = ["AsyncShardedSession"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -30,6 +32,15 @@ class AsyncShardedSession(AsyncSession):
 
     sync_session_class = _SyncShardedSession
     sync_session: _SyncShardedSession
+
+    async def run_sync(
+        self,
+        fn: Callable[Concatenate[ShardedSession, P], R],
+        *arg: P.args,
+        **kw: P.kwargs,
+    ) -> R:
+        """Call ``fn(sync_session, …)`` under a greenlet; ``AsyncSession.run_sync``."""
+        return await super().run_sync(fn, *arg, **kw)  # type: ignore[arg-type]
 
     async def lock_row(
         self,

@@ -26,7 +26,7 @@ from shardalchemy.engine import Bindings, ShardEngines, fanout
 from shardalchemy.errors import ConfigurationError, ShardKeyError
 from shardalchemy.locks import RowLocks
 from shardalchemy.planner import Analyser
-from shardalchemy.ring import KEY_TYPES, allocate
+from shardalchemy.ring import allocate
 from shardalchemy.schema import Kind, Placement, checked, placement_of
 from shardalchemy.session import ShardedSession
 
@@ -245,20 +245,6 @@ class Cluster:
                 f"{key!r} is no key of {table}; it must be {placement.pin.accepts}."
             )
         return self.topology.owner(slot)
-
-    def slot_of_value(self, key: object) -> int:
-        """Return the slot of a shard key by its Python type alone.
-
-        An int is hashed as bigint, a str as text, a UUID, bytes and a date as what
-        they are. Raises ShardKeyError for anything else.
-        """
-        for key_type in KEY_TYPES.values():
-            slot = key_type.slot(key)
-            if slot is not None:
-                return slot
-        raise ShardKeyError(
-            f"{key!r} is no shard key: use an int, a str, a UUID, bytes or a date."
-        )
 
     def explain(self, statement: Any, params: Mapping[str, Any] | None = None) -> Plan:
         """Return on which shards *statement* would run, and why."""

@@ -31,7 +31,6 @@ from sqlalchemy import (
 )
 from sqlalchemy import Enum as SqlEnum
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.dialects import postgresql
 
 from shardalchemy.errors import DeclarationError
 from shardalchemy.ids import LOCATOR_SLOT_SQL, Locator, locator_slot
@@ -262,7 +261,7 @@ def _key_type(type_: TypeEngine[Any]) -> KeyType | None:
         return KEY_TYPES["int8"]
     if isinstance(type_, Uuid):
         return KEY_TYPES["uuid"] if type_.native_uuid else None
-    if isinstance(type_, SqlEnum | CHAR | postgresql.CITEXT):
+    if isinstance(type_, SqlEnum | CHAR) or type_.__visit_name__ == "CITEXT":
         return None  # enum labels, blank padding and case folding hash as others do not
     if isinstance(type_, String):
         return KEY_TYPES["text"]
@@ -280,6 +279,9 @@ def key_family(type_: TypeEngine[Any]) -> str | None:
 
 
 def _bind_conversion(type_: TypeDecorator[Any]) -> Callable[[object], object]:
+    # Imported late: an application that only declares models does without it.
+    from sqlalchemy.dialects import postgresql
+
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     return lambda value: type_.process_bind_param(value, dialect)
 
@@ -346,7 +348,7 @@ def _uniques(table: Table) -> Iterator[tuple[object, list[Column[Any]]]]:
     for constraint in table.constraints:
         if isinstance(constraint, UniqueConstraint):
             yield constraint.name, list(constraint.columns)
-        elif isinstance(constraint, postgresql.ExcludeConstraint):
+        elif constraint.__visit_name__ == "exclude_constraint":
             yield constraint.name, []
     for index in table.indexes:
         if index.unique:

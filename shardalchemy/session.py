@@ -11,10 +11,9 @@ Statements over unannotated tables take SQLAlchemy's own path on the home shard.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Insert, Table, inspect
+from sqlalchemy import Connection, Engine, Table, inspect
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.session import SessionTransactionOrigin
 from sqlalchemy.util import EMPTY_DICT, await_only
@@ -23,17 +22,16 @@ from shardalchemy.engine import fanout
 from shardalchemy.engine.replicated import ReplicatedConnection
 from shardalchemy.errors import (
     ConfigurationError,
-    ShardKeyError,
     UnsupportedQueryError,
 )
 from shardalchemy.planner import Plan, PlanKind
-from shardalchemy.planner.slots import Arguments
-from shardalchemy.rows import generated_default, row_placement
+from shardalchemy.routing import destination, home_first, shard_of_identity
+from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
 from shardalchemy.transaction import ShardedTransaction
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy import Column
     from sqlalchemy.orm import ORMExecuteState
@@ -223,8 +221,8 @@ class ShardedSession(Session):
                 _scalar_result=_scalar_result,
             )
         statement = getattr(statement, "__clause_element__", lambda: statement)()
-        shards, analysis, params = self._destination(
-            statement, params, execution_options
+        shards, analysis, params = destination(
+            self, statement, params, execution_options
         )
 
         def run(shard: str | None) -> Any:
@@ -281,177 +279,8 @@ class ShardedSession(Session):
             results = list(fanout(lambda shard, _: run(shard), connections).values())
         return results[0].merge(*results[1:])
 
-    def _destination(
-        self, statement: Any, params: Any, options: Mapping[str, Any]
-    ) -> tuple[Sequence[str | None], Analysis | None, Any]:
-        """Return the shards that run *statement*, its analysis, and its parameters.
-
-        A shard of None is the home shard by SQLAlchemy's own rules.
-        """
-        named = self._named_shard(statement, options)
-        if named is not None:
-            return (named,), None, params
-        topology = self._topology()
-        analysis, extracted = self._cluster._analyser.analyse(statement)
-        if analysis.kind is Kind.HOME:
-            return _HOME, analysis, params
-        if analysis.kind is Kind.REFERENCE:
-            if analysis.writes:
-                self._check_replicable(statement, analysis, params)
-                return self._home_first(topology), analysis, params
-            return (self._shard_at_hand(topology),), analysis, params
-        if isinstance(statement, Insert):
-            slots: set[int] | None
-            params, slots = self._insert_slots(statement, analysis, params)
-        else:
-            # A parameter that stands for a pending object's key needs it flushed.
-            if any(p.callable is not None for p in extracted):
-                self._autoflush()
-            arguments = Arguments(
-                extracted, params if isinstance(params, Mapping) else None
-            )
-            only = analysis.only_slots
-            slots = (
-                only.evaluate(arguments)
-                if only is not None
-                else _all_slots(analysis, arguments)
-            )
-        if slots is not None and len(slots) == 1:
-            (slot,) = slots
-            return (topology.owners[slot],), analysis, params
-        shards = _owners(topology, slots)
-        if not shards:
-            shards = (self._shard_at_hand(topology),)
-        if len(shards) > 1 and analysis.scatter_problem is not None:
-            raise UnsupportedQueryError(
-                f"{analysis.scatter_problem} over several shards"
-                f" ({', '.join(shards)}) is not supported."
-                " Pin every sharded table to one key (… == value on its shard key or a"
-                " locator), or send the statement to one shard with"
-                " execution_options(shard_key=…) or execution_options(shard=…)."
-            )
-        return shards, analysis, params
-
-    def _named_shard(self, statement: Any, options: Mapping[str, Any]) -> str | None:
-        """Return the shard that options name, by its name or by a key."""
-        load = options.get("_sa_orm_load_options")
-        if load is not None and load._identity_token is not None:
-            token: str = load._identity_token
-            return token if token in self._engines.shards else None
-        own = getattr(statement, "_execution_options", EMPTY_DICT)
-        if not options and not own:
-            return None
-        shard: str | None = options.get("shard", own.get("shard"))
-        if shard is not None:
-            self._engines.of(shard)
-            return shard
-        key = options.get("shard_key", own.get("shard_key"))
-        if key is None:
-            return None
-        topology = self._topology()
-        return topology.owner(self._cluster.slot_of_value(key))
-
-    def _shard_at_hand(self, topology: Topology) -> str:
-        """Return a shard this transaction already uses, or else the home shard."""
-        if self._transaction is not None:
-            for bind in self._transaction._connections:
-                name = self._names.get(bind.engine)
-                if name is not None:
-                    return name
-        return topology.home
-
     def _shard_of_identity(self, mapper: Mapper[Any], ident: Any) -> str:
-        """Return the shard of the row with a primary key as ``get`` takes it."""
-        rows = row_placement(mapper)
-        topology = self._topology()
-        if rows.kind is not Kind.SHARDED:
-            return topology.home
-        assert rows.identity_pin is not None
-        if isinstance(ident, Mapping):
-            column = mapper.primary_key[rows.identity_index]
-            value = ident[mapper.get_property_by_column(column).key]
-        elif isinstance(ident, tuple | list):
-            value = ident[rows.identity_index]
-        else:
-            value = ident
-        slot = rows.identity_pin.slot(value)
-        if slot is None:
-            raise ShardKeyError(
-                f"{value!r} is no key of {rows.name}; it must be"
-                f" {rows.identity_pin.accepts}."
-            )
-        return topology.owners[slot]
-
-    def _home_first(self, topology: Topology) -> Sequence[str]:
-        return (topology.home, *(s for s in topology.shards if s != topology.home))
-
-    def _check_replicable(
-        self, statement: Any, analysis: Analysis, params: Any
-    ) -> None:
-        """Refuse an INSERT whose defaults each copy would evaluate for itself."""
-        if not isinstance(statement, Insert) or analysis.table is None:
-            return
-        sets = params if isinstance(params, list | tuple) else [params or {}]
-        given = {getattr(c, "key", c) for c in statement._values or ()}
-        for column in analysis.table.c:
-            generated = (
-                column.default
-                or column.server_default
-                or (column is analysis.table.autoincrement_column)
-            )
-            supplied = column.key in given or all(column.key in p for p in sets)
-            if generated and not supplied and not statement._multi_values:
-                raise UnsupportedQueryError(
-                    f"INSERT into the reference table {analysis.table} without"
-                    f" {column.name}: each copy would be given a value of its own."
-                    " Supply it, or add the objects through the session."
-                )
-
-    def _insert_slots(
-        self, statement: Any, analysis: Analysis, params: Any
-    ) -> tuple[Any, set[int]]:
-        """Return an INSERT's parameters, completed, and the slots of its rows."""
-        table = analysis.table
-        assert table is not None
-        placement = placement_of(table)
-        column, pin = placement.column, placement.pin
-        assert column is not None
-        assert pin is not None
-        subject = statement._propagate_attrs.get("plugin_subject")
-        if subject is None or isinstance(params, Mapping | None):
-            name = column.key
-        else:  # the ORM's bulk INSERT takes attribute names
-            name = subject.mapper.get_property_by_column(column).key
-        many = isinstance(params, list | tuple)
-        rows = [dict(p) for p in params] if many else [dict(params or {})]
-        fixed = {getattr(c, "key", c): v for c, v in (statement._values or {}).items()}
-        if statement._multi_values:
-            fixed_rows = [
-                {getattr(c, "key", c): v for c, v in values.items()}
-                for group in statement._multi_values
-                for values in group
-            ]
-        else:
-            fixed_rows = [fixed] * len(rows)
-        slots = set()
-        for index, values in enumerate(fixed_rows):
-            row = rows[index] if index < len(rows) else {}
-            key = row.get(name, values.get(column.key))
-            key = getattr(key, "effective_value", key)
-            if key is None and not statement._multi_values:
-                key = generated_default(column)
-                if key is None and column is table.autoincrement_column:
-                    key = self._next_value(column)
-                row[name] = key
-            slot = None if key is None else pin.slot(key)
-            if slot is None:
-                raise ShardKeyError(
-                    f"INSERT into {table}: the shard key {column.name} is {key!r}; it"
-                    f" must be {pin.accepts}."
-                )
-            slots.add(slot)
-        completed = rows if many else rows[0] if rows[0] or params else params
-        return completed, slots
+        return shard_of_identity(self._topology(), mapper, ident)
 
     def _next_value(self, column: Column[Any]) -> int:
         return self._cluster._sequences.next(column, self.bind)
@@ -503,7 +332,7 @@ class ShardedSession(Session):
             return self._connection_for_bind(self._engines.of(shard))
         home, *others = (
             (name, self._connection_for_bind(self._engines.of(name)))
-            for name in self._home_first(topology)
+            for name in home_first(topology)
         )
         self._written_shards.update(topology.shards)
         return ReplicatedConnection(home[1], dict(others))
@@ -542,7 +371,7 @@ class ShardedSession(Session):
 
         Raises what executing it would raise before anything is sent.
         """
-        shards, analysis, _ = self._destination(statement, params, execution_options)
+        shards, analysis, _ = destination(self, statement, params, execution_options)
         topology = self._topology()
         names = tuple(topology.home if s is None else s for s in shards)
         if analysis is None:
@@ -581,9 +410,6 @@ class ShardedSession(Session):
         return row
 
 
-_HOME: tuple[None] = (None,)
-
-
 class _RouteLast:
     """A ``do_orm_execute`` listener that comes after the application's own."""
 
@@ -597,8 +423,8 @@ class _RouteLast:
                 return result
         session: Any = state.session
         options = state.local_execution_options
-        shards, analysis, params = session._destination(
-            state.statement, state.parameters, options
+        shards, analysis, params = destination(
+            session, state.statement, state.parameters, options
         )
 
         def run(shard: str | None) -> Any:
@@ -612,20 +438,3 @@ class _RouteLast:
         if shards[0] is None:
             return None  # SQLAlchemy goes on as ever
         return session._run_routed(run, shards[0], analysis)
-
-
-def _all_slots(analysis: Analysis, arguments: Arguments) -> set[int] | None:
-    found: set[int] = set()
-    for slots in analysis.slots:
-        some = None if slots is None else slots.evaluate(arguments)
-        if some is None:
-            return None
-        found |= some
-    return found
-
-
-def _owners(topology: Topology, slots: set[int] | None) -> Sequence[str]:
-    """Return the shards that own any of *slots*, in the topology's order."""
-    owners = topology.owners
-    needed = set(owners) if slots is None else {owners[slot] for slot in slots}
-    return tuple(shard for shard in topology.shards if shard in needed)

@@ -44,7 +44,10 @@ class RowLocks:
         """Return the row, locked; see ``ShardedSession.lock_row``."""
         deadline = time.monotonic() + timeout
         mapper = inspect(entity)
-        identity = ident if isinstance(ident, tuple | list | dict) else (ident,)
+        if isinstance(ident, dict):
+            columns = mapper.primary_key
+            ident = [ident[mapper.get_property_by_column(c).key] for c in columns]
+        identity = tuple(ident) if isinstance(ident, tuple | list) else (ident,)
         name = f"{mapper.local_table.fullname}:{identity!r}"
         turn = self._turn(session, name, deadline)
         if turn is not None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import CTE, Delete, Insert, Table, TextClause, Update
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 from sqlalchemy.sql.functions import FunctionElement
@@ -33,8 +32,9 @@ from shardalchemy.planner.scopes import (
 from shardalchemy.schema import Kind, placement_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.cache_key import CacheKey
 
     from shardalchemy.planner.pins import Restriction
@@ -76,7 +76,7 @@ class Analyser:
 
     def __init__(self, capacity: int = 1024) -> None:
         self.guarded: frozenset[str] = frozenset()
-        self._dialect = postgresql.psycopg.dialect()  # type: ignore[no-untyped-call]
+        self._dialect: Dialect | None = None
         self._capacity = capacity
         self._known: dict[Any, Analysis] = {}
 
@@ -123,7 +123,7 @@ class Analyser:
             )
         self._check_texts(texts, kinds)
         _check_mixture(tables)
-        scopes, places = noted_scopes(statement, self._dialect, key)
+        scopes, places = self._scopes(statement, key)
         found = restrictions(scopes, places)
         if not found:
             # What the ORM adds while compiling may name tables that the statement
@@ -133,6 +133,15 @@ class Analyser:
             [e.table for s in scopes for e in s.elements if e.table is not None]
         )
         return _of_restrictions(found, _why_not_scattered(scopes, found))
+
+    def _scopes(
+        self, statement: Any, key: CacheKey | None
+    ) -> tuple[list[Scope], Mapping[int, int] | None]:
+        if self._dialect is None:
+            from sqlalchemy.dialects.postgresql import psycopg
+
+            self._dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
+        return noted_scopes(statement, self._dialect, key)
 
     def _of_update(self, statement: Any, key: CacheKey | None) -> Analysis:
         table = _plain(statement.table)
@@ -154,7 +163,7 @@ class Analyser:
                     f"UPDATE of {table}.{column}: it says where the row lives. Load"
                     " the rows, delete them, and add copies with the new value."
                 )
-        scopes, places = noted_scopes(statement, self._dialect, key)
+        scopes, places = self._scopes(statement, key)
         target = Scope(statement, statement, None, as_from=False, compound=False)
         target.elements.append(Element(table))
         target.elements += [
@@ -171,7 +180,7 @@ class Analyser:
         for scope in scopes:
             scope.parent = scope.parent or target
         found = restrictions([target, *scopes], places)
-        problem = "an UPDATE or DELETE whose rows may be on several shards"
+        problem = "an UPDATE or DELETE by criteria"
         analysis = _of_restrictions(found, problem)
         return Analysis(
             Kind.SHARDED,
@@ -197,7 +206,8 @@ class Analyser:
                 )
         elif kind is Kind.REFERENCE:
             _check_deterministic(statement, [table])
-        return Analysis(kind, writes=True, table=table)
+        problem = "an INSERT of rows of several shards"
+        return Analysis(kind, writes=True, table=table, scatter_problem=problem)
 
     def _check_texts(
         self, texts: Sequence[str], kinds: set[Kind] | frozenset[Kind]

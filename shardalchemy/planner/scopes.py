@@ -9,11 +9,12 @@ that are left after correlation. What was noted is a `Scope`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import CTE, Alias, Join, Select, Subquery, Table
-from sqlalchemy.dialects.postgresql.base import PGCompiler
 from sqlalchemy.sql import operators
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BooleanClauseList, Grouping
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def conjuncts(clause: Any) -> Iterator[Any]:
         yield clause
 
 
-class _NotingCompiler(PGCompiler):
-    """PostgreSQL's compiler, which also notes each SELECT that it renders."""
+class _Noting(SQLCompiler):
+    """What makes a dialect's compiler note each SELECT that it renders."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.scopes: list[Scope] = []
@@ -138,6 +139,11 @@ class _NotingCompiler(PGCompiler):
         return froms
 
 
+@cache
+def _noting(compiler: Any) -> type[_Noting]:
+    return type(f"Noting{compiler.__name__}", (_Noting, compiler), {})
+
+
 def _add_from(scope: Scope, clause: Any, *, nullable: bool) -> list[Element]:
     """Add the elements of one FROM item, and the criteria of its joins, to *scope*."""
     while isinstance(clause, Grouping) or clause.__visit_name__ == "grouping":
@@ -167,7 +173,8 @@ def noted_scopes(
     The second value maps ``id(parameter)`` of each bound parameter rendered to its
     place in the cache key; it is None where there is no key.
     """
-    compiler = _NotingCompiler(dialect, statement, cache_key=cache_key)
+    make: Any = dialect.statement_compiler
+    compiler = _noting(make)(dialect, statement, cache_key=cache_key)
     if cache_key is None:
         return compiler.scopes, None
     places: dict[int, int] = {}

@@ -25,7 +25,6 @@ from sqlalchemy import (
     BigInteger,
     ForeignKey,
     ForeignKeyConstraint,
-    Integer,
     String,
     UniqueConstraint,
     and_,
@@ -34,48 +33,35 @@ from sqlalchemy import (
     cast,
     create_engine,
     delete,
-    exists,
     func,
-    insert,
-    lambda_stmt,
-    lateral,
     literal,
-    literal_column,
     make_url,
     not_,
     or_,
     select,
-    tablesample,
-    text,
     true,
-    tuple_,
     union,
     union_all,
     update,
 )
-from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
-    Session,
     aliased,
     column_property,
-    contains_eager,
     foreign,
     joinedload,
     mapped_column,
-    raiseload,
     relationship,
     selectin_polymorphic,
     selectinload,
     subqueryload,
     with_loader_criteria,
-    with_parent,
     with_polymorphic,
 )
 
 from shardalchemy import Cluster, locator_id, reference_table, sharded_by
-from shardalchemy.errors import ShardAlchemyError, UnsupportedQueryError
+from shardalchemy.errors import ShardAlchemyError
 from shardalchemy.ids import new_locator
 from shardalchemy.local import LocalCluster
 from shardalchemy.schema import placement_of
@@ -446,7 +432,8 @@ class Both:
             result = session.execute(statement, params, execution_options=options or {})
             if unique:
                 result = result.unique()
-            return [plain_value(tuple(row)) for row in result]
+            # all() first: unique() tells entities apart by id(), see below.
+            return [plain_value(tuple(row)) for row in result.all()]
 
         return self.compare(work, ordered=ordered)
 

@@ -250,6 +250,12 @@ def test_get_bind_names_the_engine(session: Any, engine: Engine) -> None:
         assert session.get_bind(bind=other) is other
 
 
+def test_get_bind_asks_nothing_of_what_is_not_mapped(
+    session: Any, engine: Engine
+) -> None:
+    assert session.get_bind(int) is engine
+
+
 def test_bind_arguments_send_one_statement_elsewhere(
     session: Any, blog: Installation
 ) -> None:

@@ -11,9 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 
-from shop import data, invariants
-from shop.api import create_app
-from shop.models import Base
 from shop_stage import Stage, plain
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import async_sessionmaker
@@ -21,6 +18,9 @@ from sqlalchemy.orm import sessionmaker
 
 from shardalchemy import AsyncShardedSession, Cluster, ShardedSession
 from shardalchemy.local import LocalCluster
+from shop import data, invariants
+from shop.api import create_app
+from shop.models import Base
 
 TRUNCATE = """
 TRUNCATE cart_items, ledger_entries, payments, order_lines, orders, addresses,

@@ -8,13 +8,13 @@ from itertools import count
 from uuid import UUID, uuid4
 
 import psycopg
-from shop import services
-from shop.models import MovementReason, Product, StockMovement
-from shop.services.catalogue import category
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import sessionmaker
 
 from shardalchemy import ShardedSession
+from shop import services
+from shop.models import MovementReason, Product, StockMovement
+from shop.services.catalogue import category
 
 CATEGORY = "lighting"
 

@@ -8,11 +8,11 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from shop.models import Product
 from shop_stage import CATEGORY, Buyer, Stage
 from sqlalchemy.orm import sessionmaker
 
 from shardalchemy import ShardedSession
+from shop.models import Product
 
 
 async def place(

@@ -7,11 +7,11 @@ from typing import LiteralString
 
 import psycopg
 import pytest
-from shop import invariants, services
 from shop_stage import Stage, plain
 from sqlalchemy.orm import sessionmaker
 
 from shardalchemy import ShardedSession
+from shop import invariants, services
 
 
 @pytest.fixture

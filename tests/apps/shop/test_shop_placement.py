@@ -9,7 +9,12 @@ from typing import LiteralString
 from uuid import UUID, uuid4
 
 import pytest
+from shop_stage import Buyer, Stage, plain
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+
 import shop
+from shardalchemy import AsyncShardedSession, Cluster, ShardedSession
 from shop import services
 from shop.models import (
     CartItem,
@@ -21,11 +26,6 @@ from shop.models import (
     Product,
     StockMovement,
 )
-from shop_stage import Buyer, Stage, plain
-from sqlalchemy.ext.asyncio import async_sessionmaker
-from sqlalchemy.orm import sessionmaker
-
-from shardalchemy import AsyncShardedSession, Cluster, ShardedSession
 
 OF_ORDER: dict[type, LiteralString] = {
     Order: "SELECT count(*) FROM orders WHERE id = %s",

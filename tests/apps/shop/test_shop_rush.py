@@ -11,12 +11,12 @@ from uuid import UUID
 
 import httpx
 import pytest
-from shop import data, services
-from shop.errors import Conflict, OutOfStock
 from shop_stage import Buyer, Stage
 from sqlalchemy.orm import sessionmaker
 
 from shardalchemy import ShardedSession
+from shop import data, services
+from shop.errors import Conflict, OutOfStock
 
 Factory = sessionmaker[ShardedSession]
 

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from uuid import uuid4
 
 import pytest
+from shop_stage import CATEGORY, Stage
+from sqlalchemy.orm import sessionmaker
+
+from shardalchemy import ShardedSession
 from shop import services
 from shop.errors import (
     EmailTaken,
@@ -16,10 +20,6 @@ from shop.errors import (
     WrongStatus,
 )
 from shop.models import Account, OrderStatus, PaymentKind
-from shop_stage import CATEGORY, Stage
-from sqlalchemy.orm import sessionmaker
-
-from shardalchemy import ShardedSession
 
 Factory = sessionmaker[ShardedSession]
 

@@ -1,0 +1,44 @@
+"""The command line: ``shardalchemy demo`` shows the library to a sceptic.
+
+What comes in are a few options; what goes out is a picture of the ring, figures of a
+flash sale, and whether every invariant held, as the exit status too. In the order in
+which the demonstration passes through them:
+
+- ``app`` has the commands and their options, ``demo`` the order of the acts;
+- ``shop`` finds the example application, ``load`` fills it;
+- ``sale`` holds the flash sale, ``buyers`` are its processes, ``tally`` what they saw;
+- ``audit`` asks each server in plain SQL, ``report`` draws what came of it.
+
+Nothing here is imported by the library, and Typer and Rich only when a command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_MISSING = (
+    "shardalchemy: the command line needs {}; it comes with"
+    " pip install 'shardalchemy[local]'"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that *arguments* name, by default those of the process.
+
+    Ends in SystemExit: 0 for success, 1 for a failed invariant, 2 for wrong usage or
+    something that is not installed, 130 after Ctrl-C.
+    """
+    try:
+        from shardalchemy.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "typer"):
+            raise
+        print(_MISSING.format(error.name), file=sys.stderr)
+        raise SystemExit(2) from None
+    app(None if arguments is None else list(arguments), prog_name="shardalchemy")

@@ -1,0 +1,263 @@
+"""From a statement and its parameters to the shards that run it.
+
+`destination` is asked for every statement of a session. In order: an option that names
+the shard; the statement's analysis, remembered by its cache key; the slots of the
+parameters' values; the owners of those slots in the topology.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import Insert
+from sqlalchemy.util import EMPTY_DICT
+
+from shardalchemy.errors import ShardKeyError, UnsupportedQueryError
+from shardalchemy.planner.slots import Arguments
+from shardalchemy.ring import KEY_TYPES
+from shardalchemy.rows import generated_default, row_placement
+from shardalchemy.schema import Kind, placement_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Mapper
+
+    from shardalchemy.catalog import Topology
+    from shardalchemy.planner import Analysis
+    from shardalchemy.session import ShardedSession
+
+__all__ = [
+    "Destination",
+    "destination",
+    "home_first",
+    "shard_of_identity",
+    "slot_of_value",
+]
+
+
+class Destination(NamedTuple):
+    """Where a statement runs.
+
+    ``shards`` holds the names, or one None: the home shard by SQLAlchemy's own rules.
+    ``analysis`` is None where an option decided. ``params`` are the statement's, with
+    the shard key of an INSERT filled in.
+    """
+
+    shards: Sequence[str | None]
+    analysis: Analysis | None
+    params: Any
+
+
+def destination(
+    session: ShardedSession, statement: Any, params: Any, options: Mapping[str, Any]
+) -> Destination:
+    """Return where *statement* runs with these parameters.
+
+    Raises UnsupportedQueryError where it would have to run on several shards and
+    cannot, and ShardKeyError for an INSERT without a usable shard key.
+    """
+    named = _named_shard(session, statement, options)
+    if named is not None:
+        return Destination((named,), None, params)
+    topology = session._topology()
+    analysis, extracted = session._cluster._analyser.analyse(statement)
+    if analysis.kind is Kind.HOME:
+        return Destination((None,), analysis, params)
+    if analysis.kind is Kind.REFERENCE:
+        if analysis.writes:
+            _check_replicable(statement, analysis, params)
+            return Destination(home_first(topology), analysis, params)
+        return Destination((_shard_at_hand(session, topology),), analysis, params)
+    slots: set[int] | None
+    if isinstance(statement, Insert):
+        params, slots = _insert_slots(session, statement, analysis, params)
+    else:
+        # A parameter that stands for a pending object's key needs it flushed.
+        if any(parameter.callable is not None for parameter in extracted):
+            session._autoflush()
+        given = params if isinstance(params, Mapping) else None
+        arguments = Arguments(extracted, given)
+        only = analysis.only_slots
+        slots = (
+            only.evaluate(arguments)
+            if only is not None
+            else _all_slots(analysis, arguments)
+        )
+    if slots is not None and len(slots) == 1:
+        (slot,) = slots
+        return Destination((topology.owners[slot],), analysis, params)
+    shards = _owners(topology, slots) or (_shard_at_hand(session, topology),)
+    if len(shards) > 1 and analysis.scatter_problem is not None:
+        raise UnsupportedQueryError(
+            f"{analysis.scatter_problem} cannot be run on several shards"
+            f" ({', '.join(shards)})."
+            " Pin every sharded table to one key (… == value on its shard key or a"
+            " locator), or send the statement to one shard with"
+            " execution_options(shard_key=…) or execution_options(shard=…)."
+        )
+    return Destination(shards, analysis, params)
+
+
+def _named_shard(
+    session: ShardedSession, statement: Any, options: Mapping[str, Any]
+) -> str | None:
+    """Return the shard that options name, by its name or by a key."""
+    load = options.get("_sa_orm_load_options")
+    if load is not None and load._identity_token is not None:
+        token: str = load._identity_token
+        return token if token in session._engines.shards else None
+    own = getattr(statement, "_execution_options", EMPTY_DICT)
+    if not options and not own:
+        return None
+    shard: str | None = options.get("shard", own.get("shard"))
+    if shard is not None:
+        session._engines.of(shard)
+        return shard
+    key = options.get("shard_key", own.get("shard_key"))
+    return None if key is None else session._topology().owner(slot_of_value(key))
+
+
+def slot_of_value(key: object) -> int:
+    """Return the slot of a shard key by its Python type alone.
+
+    An int is hashed as bigint, a str as text, a UUID, bytes and a date as what they
+    are. Raises ShardKeyError for anything else.
+    """
+    for key_type in KEY_TYPES.values():
+        slot = key_type.slot(key)
+        if slot is not None:
+            return slot
+    raise ShardKeyError(
+        f"{key!r} is no shard key: use an int, a str, a UUID, bytes or a date."
+    )
+
+
+def _all_slots(analysis: Analysis, arguments: Arguments) -> set[int] | None:
+    found: set[int] = set()
+    for slots in analysis.slots:
+        some = None if slots is None else slots.evaluate(arguments)
+        if some is None:
+            return None
+        found |= some
+    return found
+
+
+def _owners(topology: Topology, slots: set[int] | None) -> tuple[str, ...]:
+    """Return the shards that own any of *slots*, in the topology's order."""
+    owners = topology.owners
+    needed = set(owners) if slots is None else {owners[slot] for slot in slots}
+    return tuple(shard for shard in topology.shards if shard in needed)
+
+
+def _shard_at_hand(session: ShardedSession, topology: Topology) -> str:
+    """Return a shard that the transaction already uses, or else the home shard."""
+    transaction = session._transaction
+    if transaction is not None:
+        for bind in transaction._connections:
+            name = session._names.get(bind.engine)
+            if name is not None:
+                return name
+    return topology.home
+
+
+def home_first(topology: Topology) -> tuple[str, ...]:
+    """Return all shards, in the order in which reference tables are written.
+
+    Writers of one row meet on the home shard, so that they cannot deadlock elsewhere.
+    """
+    return (topology.home, *(s for s in topology.shards if s != topology.home))
+
+
+def shard_of_identity(topology: Topology, mapper: Mapper[Any], ident: Any) -> str:
+    """Return the shard of the row with a primary key as ``Session.get`` takes it."""
+    rows = row_placement(mapper)
+    if rows.kind is not Kind.SHARDED:
+        return topology.home
+    assert rows.identity_pin is not None
+    if isinstance(ident, Mapping):
+        column = mapper.primary_key[rows.identity_index]
+        value = ident[mapper.get_property_by_column(column).key]
+    elif isinstance(ident, tuple | list):
+        value = ident[rows.identity_index]
+    else:
+        value = ident
+    slot = rows.identity_pin.slot(value)
+    if slot is None:
+        raise ShardKeyError(
+            f"{value!r} is no key of {rows.name}; it must be"
+            f" {rows.identity_pin.accepts}."
+        )
+    return topology.owners[slot]
+
+
+def _check_replicable(statement: Any, analysis: Analysis, params: Any) -> None:
+    """Refuse an INSERT whose defaults each copy would evaluate for itself."""
+    if not isinstance(statement, Insert) or analysis.table is None:
+        return
+    sets = params if isinstance(params, list | tuple) else [params or {}]
+    given = {getattr(c, "key", c) for c in statement._values or ()}
+    for group in statement._multi_values:
+        for values in group:
+            given |= {getattr(c, "key", c) for c in values}
+    for column in analysis.table.c:
+        generated = (
+            column.default
+            or column.server_default
+            or column is analysis.table.autoincrement_column
+        )
+        supplied = column.key in given or all(column.key in p for p in sets)
+        if generated and not supplied:
+            raise UnsupportedQueryError(
+                f"INSERT into the reference table {analysis.table} without"
+                f" {column.name}: each copy would be given a value of its own."
+                " Supply it, or add the objects through the session."
+            )
+
+
+def _insert_slots(
+    session: ShardedSession, statement: Any, analysis: Analysis, params: Any
+) -> tuple[Any, set[int]]:
+    """Return an INSERT's parameters, completed, and the slots of its rows."""
+    table = analysis.table
+    assert table is not None
+    placement = placement_of(table)
+    column, pin = placement.column, placement.pin
+    assert column is not None
+    assert pin is not None
+    many = isinstance(params, list | tuple)
+    subject = statement._propagate_attrs.get("plugin_subject")
+    name = column.key
+    if subject is not None and many:  # the ORM's bulk INSERT takes attribute names
+        name = subject.mapper.get_property_by_column(column).key
+    rows = [dict(p) for p in params] if many else [dict(params or {})]
+    slots = set()
+    if statement._multi_values:
+        fixed = [
+            {getattr(c, "key", c): value for c, value in values.items()}
+            for group in statement._multi_values
+            for values in group
+        ]
+        keys = [values.get(column.key) for values in fixed]
+    else:
+        values = {getattr(c, "key", c): v for c, v in (statement._values or {}).items()}
+        keys = []
+        for row in rows:
+            key = row.get(name, values.get(column.key))
+            if key is None:
+                key = generated_default(column)
+                if key is None and column is table.autoincrement_column:
+                    key = session._next_value(column)
+                row[name] = key
+            keys.append(key)
+    for key in keys:
+        value = getattr(key, "effective_value", key)
+        slot = None if value is None else pin.slot(value)
+        if slot is None:
+            raise ShardKeyError(
+                f"INSERT into {table}: the shard key {column.name} is {value!r}; it"
+                f" must be {pin.accepts}."
+            )
+        slots.add(slot)
+    if many:
+        return rows, slots
+    return (rows[0] or params), slots

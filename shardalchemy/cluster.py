@@ -151,10 +151,11 @@ class Cluster:
             for connection in connections.values():
                 connection.close()
         self._known = topology
-        self._guard(p.table.name for p in placements if p.kind is not Kind.HOME)
-
-    def _guard(self, names: Any) -> None:
-        self._analyser.guarded |= {name.lower() for name in names}
+        self._analyser.guard(
+            f"{p.table.schema or 'public'}.{p.table.name}"
+            for p in placements
+            if p.kind is not Kind.HOME
+        )
 
     # -- sessions --------------------------------------------------------------------
 
@@ -213,7 +214,7 @@ class Cluster:
             with engines.connect(name) as connection:
                 states[name] = read_state(connection)
                 if states[name].topology is not None:
-                    self._guard(sharded_table_names(connection))
+                    self._analyser.guard(sharded_table_names(connection))
         topology = _agreed(states)
         if topology is None:
             raise ConfigurationError(

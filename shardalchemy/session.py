@@ -247,9 +247,10 @@ class ShardedSession(Session):
     def _run_routed(
         self, run: Any, shard: str | None, analysis: Analysis | None
     ) -> Any:
-        if analysis is None or not analysis.writes or shard is None:
+        if shard is None or (analysis is not None and not analysis.writes):
             return run(shard)
-        self._written_shards.add(shard)
+        if analysis is not None:
+            self._written_shards.add(shard)
         # The ORM asks for a bulk statement's connection by its mapper alone.
         before, self._routed = self._routed, shard
         try:

@@ -6,9 +6,14 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+from hypothesis import settings
 
 from shardalchemy import Cluster
 from shardalchemy.local import LocalCluster
+
+# How long an example takes says nothing on a machine that runs servers as well.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 class Servers:

@@ -41,8 +41,11 @@ _DETERMINISTIC = text(
 )
 _GUARDED = text(
     """
-    SELECT DISTINCT c.relname FROM pg_constraint AS k
-    JOIN pg_class AS c ON c.oid = k.conrelid WHERE k.conname = :owner
+    SELECT DISTINCT n.nspname || '.' || c.relname
+    FROM pg_constraint AS k
+    JOIN pg_class AS c ON c.oid = k.conrelid
+    JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE k.conname = :owner
     """
 )
 _ADD = sql.SQL("ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({condition})")
@@ -105,6 +108,5 @@ def write_ownership(
 
 
 def sharded_table_names(connection: Connection) -> frozenset[str]:
-    """Return the names of all tables that carry an ownership check, lower case."""
-    rows = connection.scalars(_GUARDED, {"owner": OWNER})
-    return frozenset(name.lower() for name in rows)
+    """Return the ``schema.name`` of all tables that carry an ownership check."""
+    return frozenset(connection.scalars(_GUARDED, {"owner": OWNER}))

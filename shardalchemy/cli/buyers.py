@@ -34,8 +34,9 @@ __all__ = ["HERE", "OPEN", "attend"]
 HERE, OPEN = "here", "open"
 """What a process says when its buyers wait at the door, and hears when it opens."""
 
-# Of ten buyers, eight came for a hot product; one order in thirty is thought better of.
-_WANTS_HOT, _CHANGES_MIND = 0.8, 1 / 30
+# How many visits are for a hot product: while the buyer knows of one that is left, and
+# later, because of those that others give back; and how many orders are cancelled.
+_WANTS_HOT, _STILL_HOPES, _CHANGES_MIND = 0.8, 0.2, 0.04
 # Seconds: between reports, and for what was begun to end after the sale has closed.
 _REPORT, _CLOSING = 0.25, 30.0
 
@@ -115,7 +116,7 @@ class Buyer:
         self._random = Random(name)
         self._name = name
         self._customers = customers
-        self._wanted = hot
+        self._hot = self._wanted = hot
         self._ordinary = ordinary
         self._visits = 0
 
@@ -155,8 +156,8 @@ class Buyer:
         """Return one to three products, rarely from one shard alone."""
         random = self._random
         basket = []
-        if self._wanted and random.random() < _WANTS_HOT:
-            basket.append(random.choice(self._wanted))
+        if random.random() < (_WANTS_HOT if self._wanted else _STILL_HOPES):
+            basket.append(random.choice(self._wanted or self._hot))
         fewest = 0 if basket else 1
         return basket + random.sample(self._ordinary, random.randint(fewest, 2))
 

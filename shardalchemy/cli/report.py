@@ -32,7 +32,9 @@ def show(console: Console, topology: Topology, tally: Tally, audit: Audit) -> No
     sections: dict[str, Sequence[RenderableType]] = {
         "The ring": (_ring(topology), _rows(topology, audit.rows)),
         "The sale": (_use_cases(tally), _outcome(tally, audit)),
-        "Orders by the shards they wrote on": (_participants(tally),),
+        "Transactions by participants, the shards they wrote on": (
+            _participants(tally),
+        ),
         "Invariants, in plain SQL on each server": (_checks(audit),),
     }
     for title, renderables in sections.items():
@@ -111,13 +113,16 @@ def _use_cases(tally: Tally) -> Table:
 
 
 def _participants(tally: Tally) -> Table:
-    table = _table("shards", "orders", "share", *_LATENCIES, "")
+    table = _table("shards", "all", "orders", "share", *_LATENCIES)
+    table.add_column("")
     orders = tally.by_participants("place order")
-    whole = sum(map(len, orders.values()))
-    for number, latencies in orders.items():
-        share = len(latencies) / whole
+    every = tally.by_participants()
+    for number in every:
+        latencies = orders.get(number, [])
+        share = len(latencies) / max(1, len(tally.orders))
         table.add_row(
             str(number),
+            f"{len(every[number]):,}",
             f"{len(latencies):,}",
             f"{share:.1%}",
             *_latencies(latencies),
@@ -130,6 +135,8 @@ _LATENCIES = ("p50 ms", "p95 ms", "p99 ms")
 
 
 def _latencies(seconds: Sequence[float]) -> list[str]:
+    if not seconds:
+        return ["-"] * len(_LATENCIES)
     return [f"{quantile(seconds, share) * 1000:.1f}" for share in (0.5, 0.95, 0.99)]
 
 
@@ -145,9 +152,11 @@ def _outcome(tally: Tally, audit: Audit) -> Text:
 
 def _checks(audit: Audit) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
+    for no_wrap in (True, True, False):
+        table.add_column(no_wrap=no_wrap)
     for check in audit.checks:
         word, style = ("ok", "green") if check.ok else ("FAIL", "bold red")
-        table.add_row(Text(word, style), Text(check.name), Text(check.detail, "dim"))
+        table.add_row(Text(word, style), check.name, Text(check.detail, "dim"))
     return table
 
 

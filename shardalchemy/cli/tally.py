@@ -56,13 +56,13 @@ class Tally:
             for seconds in latencies
         ]
 
-    def by_participants(self, use_case: str) -> dict[int, list[float]]:
-        """Return the seconds of *use_case* by the number of shards written on."""
-        return {
-            participants: latencies
-            for (name, participants), latencies in sorted(self.latencies.items())
-            if name == use_case
-        }
+    def by_participants(self, use_case: str | None = None) -> dict[int, list[float]]:
+        """Return the seconds of *use_case*, or of all, by the shards written on."""
+        found: defaultdict[int, list[float]] = defaultdict(list)
+        for (name, participants), latencies in self.latencies.items():
+            if use_case in (None, name):
+                found[participants] += latencies
+        return dict(sorted(found.items()))
 
 
 def quantile(values: Iterable[float], share: float) -> float:

@@ -49,10 +49,11 @@ class RowLocks:
             ident = [ident[mapper.get_property_by_column(c).key] for c in columns]
         identity = tuple(ident) if isinstance(ident, tuple | list) else (ident,)
         name = f"{mapper.local_table.fullname}:{identity!r}"
+        shard = session._shard_of_identity(mapper, ident)
         turn = self._turn(session, name, deadline)
         if turn is not None:
             session._turns.append(turn)
-        return self._locked_row(session, entity, ident, name, deadline)
+        return self._locked_row(session, entity, ident, name, shard, deadline)
 
     def _turn(self, session: Any, name: str, deadline: float) -> Turn | None:
         if self._turns is None:
@@ -80,10 +81,14 @@ class RowLocks:
         return turn
 
     def _locked_row(
-        self, session: Any, entity: Any, ident: Any, name: str, deadline: float
+        self,
+        session: Any,
+        entity: Any,
+        ident: Any,
+        name: str,
+        shard: str,
+        deadline: float,
     ) -> Any:
-        mapper = inspect(entity)
-        shard = session._shard_of_identity(mapper, ident)
         options = {"shard": shard}
         left = max(1, int((deadline - time.monotonic()) * 1000))
         before = session.execute(

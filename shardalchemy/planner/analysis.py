@@ -32,7 +32,7 @@ from shardalchemy.planner.scopes import (
 from shardalchemy.schema import Kind, placement_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.cache_key import CacheKey
@@ -71,14 +71,24 @@ class Analysis:
 class Analyser:
     """Analyses statements, and remembers the analysis of each cache key.
 
-    ``guarded`` are the names of tables that plain SQL must not address unrouted.
+    It is told which tables the servers hold sharded: textual SQL, or a ``Table`` that
+    was declared without saying so, must not address those unrouted.
     """
 
     def __init__(self, capacity: int = 1024) -> None:
-        self.guarded: frozenset[str] = frozenset()
+        self._guarded: frozenset[str] = frozenset()
+        self._guarded_words: frozenset[str] = frozenset()
         self._dialect: Dialect | None = None
         self._capacity = capacity
         self._known: dict[Any, Analysis] = {}
+
+    def guard(self, names: Iterable[str]) -> None:
+        """Add tables, as ``schema.name``, to those that are known to be sharded."""
+        self._guarded |= frozenset(names)
+        self._guarded_words = frozenset(
+            name.partition(".")[2].lower() for name in self._guarded
+        )
+        self._known.clear()
 
     def analyse(self, statement: Any) -> tuple[Analysis, Sequence[Any]]:
         """Return the analysis of *statement* and its cache key's bound parameters.
@@ -111,6 +121,7 @@ class Analyser:
             return self._of_update(statement, key)
         tables, texts = _named(statement)
         kinds = {placement_of(table).kind for table in tables}
+        self._check_undeclared(tables)
         if not kinds - {Kind.HOME}:
             self._check_texts(texts, frozenset())
             return Analysis(Kind.HOME)
@@ -148,6 +159,7 @@ class Analyser:
         placement = placement_of(table)
         tables, texts = _named(statement)
         _check_mixture(tables)
+        self._check_undeclared(tables)
         kinds = {placement_of(t).kind for t in tables}
         self._check_texts(texts, kinds - {Kind.HOME})
         if placement.kind is Kind.HOME:
@@ -193,6 +205,7 @@ class Analyser:
 
     def _of_insert(self, statement: Any, key: CacheKey | None) -> Analysis:
         table = _plain(statement.table)
+        self._check_undeclared([table])
         kind = placement_of(table).kind
         if statement.select is not None:
             tables, texts = _named(statement.select)
@@ -209,13 +222,26 @@ class Analyser:
         problem = "an INSERT of rows of several shards"
         return Analysis(kind, writes=True, table=table, scatter_problem=problem)
 
+    def _check_undeclared(self, tables: Sequence[Table]) -> None:
+        """Refuse a Table without a declaration whose rows are known to be sharded."""
+        for table in tables:
+            if (
+                placement_of(table).kind is Kind.HOME
+                and f"{table.schema or 'public'}.{table.name}" in self._guarded
+            ):
+                raise UnsupportedQueryError(
+                    f"{table} is sharded on the servers, but this Table object has no"
+                    " info=sharded_by(…); a reflected table needs it as well. Use the"
+                    " declared one, or execution_options(shard='…')."
+                )
+
     def _check_texts(
         self, texts: Sequence[str], kinds: set[Kind] | frozenset[Kind]
     ) -> None:
         """Refuse plain SQL that may read sharded rows without being routed."""
         for text in texts:
             words = {word.lower() for word in _WORDS.findall(text)}
-            named = words & self.guarded
+            named = words & self._guarded_words
             if named:
                 raise UnsupportedQueryError(
                     f"textual SQL names {', '.join(sorted(named))}, whose rows are on"

@@ -319,3 +319,17 @@ def test_plain_sql_over_sharded_tables_is_refused_unless_routed(
         assert session.scalar(statement.execution_options(shard=shard)) == "five"
         with pytest.raises(UnknownShardError, match="no shard 's9'"):
             session.scalar(statement.execution_options(shard="s9"))
+
+
+def test_a_reflected_table_does_not_pass_for_a_home_table(
+    cluster: Cluster, servers: Servers
+) -> None:
+    metadata, items, *_ = model()
+    cluster.create_all(metadata)
+    reflected = Table(
+        "items", MetaData(), autoload_with=cluster._shards.sync("s1").engine
+    )
+    with cluster.sessionmaker()() as session:
+        with pytest.raises(UnsupportedQueryError, match="has no info=sharded_by"):
+            session.execute(select(reflected))
+        session.execute(select(reflected), execution_options={"shard": "s1"})

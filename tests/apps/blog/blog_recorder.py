@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ MAPPER_EVENTS = [
 def listening(record: list[Any], *, fired: bool) -> Iterator[None]:
     """Note every statement of every engine; if *fired*, the ORM's events as well."""
     listeners: list[tuple[Any, str, Any]] = []
+    thread = threading.get_ident()  # other tests' clusters have threads of their own
 
     def listen(target: Any, name: str, listener: Any) -> None:
         event.listen(target, name, listener)
@@ -80,13 +82,15 @@ def listening(record: list[Any], *, fired: bool) -> Iterator[None]:
                 for a in arguments
                 if type(a).__module__ == "blog_models"
             ]
-            record.append((name, *objects))
+            if threading.get_ident() == thread:
+                record.append((name, *objects))
 
         return listener
 
     def statement(*arguments: Any) -> None:
         _, _, sent, parameters, _, many = arguments
-        record.append(("statement", sent, _plain(parameters), many))
+        if threading.get_ident() == thread:
+            record.append(("statement", sent, _plain(parameters), many))
 
     def orm_statement(state: Any) -> None:
         record.append(
@@ -143,7 +147,7 @@ def record(installation: Installation, script: Script, *, fired: bool) -> list[A
             happened.extend(
                 ("observed", _without_addresses(value)) for value in script(Session)
             )
-    happened = list(_settled(happened))
+    happened = list(settled(happened))
     happened += [
         ("warned", w.category, _without_names(_without_addresses(str(w.message))))
         for w in caught
@@ -151,7 +155,7 @@ def record(installation: Installation, script: Script, *, fired: bool) -> list[A
     return happened
 
 
-def _settled(happened: list[Any]) -> Iterator[Any]:
+def settled(happened: list[Any]) -> Iterator[Any]:
     """Put in order what SQLAlchemy takes from sets, where no order is promised."""
     for name, run in groupby(happened, lambda entry: entry[0]):
         entries = list(run)

@@ -9,8 +9,9 @@ from typing import Any
 
 import blog_listeners
 import psycopg
+import pytest
 from blog_models import Base
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine, MetaData, make_url
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -37,6 +38,20 @@ def run(url: str, statement: str) -> None:
         connection.execute(statement)
 
 
+def fails_under_a_cluster(reason: str) -> pytest.MarkDecorator:
+    """Mark a test that passes on plain SQLAlchemy and is known to fail on a cluster."""
+    known = pytest.mark.xfail(strict=True, reason=reason)
+    return pytest.mark.parametrize(
+        "blog",
+        [
+            "plain",
+            pytest.param("sharded", marks=known),
+            pytest.param("engine", marks=known),
+        ],
+        indirect=True,
+    )
+
+
 @dataclass
 class Installation:
     """One way to run the blog; ``base`` is what a session class derives from."""
@@ -48,6 +63,7 @@ class Installation:
     base: type[Session]
     make: Callable[..., Any]
     join: Callable[..., Any]
+    create: Callable[[MetaData], None]
 
     def factory(self, *, listeners: bool = True, **options: Any) -> sessionmaker[Any]:
         """Return a sessionmaker, with the blog's listeners on it."""

@@ -9,7 +9,9 @@ import pytest
 from blog_models import Base
 from blog_stage import AsyncMaker, Installation, async_sessions, databases
 from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, dependency, mapper, sessionmaker, unitofwork
+from sqlalchemy.orm import session as orm_session
+from sqlalchemy.util import OrderedSet, topological
 
 from shardalchemy import Cluster, ShardedSession
 from shardalchemy.local import LocalCluster
@@ -29,6 +31,7 @@ def plain_blog(shard_servers: LocalCluster) -> Iterator[Installation]:
         Session,
         lambda **options: sessionmaker(engine, **options),
         lambda connection, **options: sessionmaker(connection, **options),
+        lambda metadata: metadata.create_all(engine),
     )
     engine.dispose()
 
@@ -36,8 +39,9 @@ def plain_blog(shard_servers: LocalCluster) -> Iterator[Installation]:
 @pytest.fixture(scope="session")
 def sharded_blog(shard_servers: LocalCluster) -> Iterator[Installation]:
     urls = databases(shard_servers, "blog_sharded")
+    with Cluster(dict(urls)) as deployed:
+        deployed.create_all(Base.metadata)
     cluster = Cluster(dict(urls), redis=shard_servers.redis_url)
-    cluster.create_all(Base.metadata)
     with cluster.sessionmaker()() as session:
         engine = session.get_bind()
 
@@ -56,6 +60,7 @@ def sharded_blog(shard_servers: LocalCluster) -> Iterator[Installation]:
         ShardedSession,
         cluster.sessionmaker,
         join,
+        cluster.create_all,
     )
     cluster.close()
 
@@ -74,7 +79,14 @@ def engine_blog(shard_servers: LocalCluster) -> Iterator[Installation]:
         return joined.sessionmaker(**options)
 
     yield Installation(
-        "engine", urls, home, engine, ShardedSession, cluster.sessionmaker, join
+        "engine",
+        urls,
+        home,
+        engine,
+        ShardedSession,
+        cluster.sessionmaker,
+        join,
+        cluster.create_all,
     )
     cluster.close()
     engine.dispose()
@@ -115,3 +127,10 @@ async def make_async_session(blog: Installation) -> AsyncIterator[AsyncMaker]:
     """Make an async_sessionmaker; its engines end with the test's event loop."""
     async with async_sessions(blog) as make:
         yield make
+
+
+@pytest.fixture
+def settled_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the unit of work use ordered sets: its order then depends on no address."""
+    for module in (dependency, mapper, orm_session, topological, unitofwork):
+        monkeypatch.setattr(module, "set", OrderedSet, raising=False)

@@ -11,17 +11,10 @@ import pytest
 from blog_recorder import record, server_log
 from blog_scenarios import SCRIPTS, Script
 from blog_stage import Installation, run
-from sqlalchemy.orm import dependency, mapper, session, unitofwork
-from sqlalchemy.util import OrderedSet, topological
 
 from shardalchemy.local import LocalCluster
 
-
-@pytest.fixture(autouse=True)
-def _settled_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the unit of work use ordered sets: its order then depends on no address."""
-    for module in (dependency, mapper, session, topological, unitofwork):
-        monkeypatch.setattr(module, "set", OrderedSet, raising=False)
+pytestmark = pytest.mark.usefixtures("settled_order")
 
 
 @pytest.fixture(params=["sharded", "engine"])

@@ -32,9 +32,7 @@ def show(console: Console, topology: Topology, tally: Tally, audit: Audit) -> No
     sections: dict[str, Sequence[RenderableType]] = {
         "The ring": (_ring(topology), _rows(topology, audit.rows)),
         "The sale": (_use_cases(tally), _outcome(tally, audit)),
-        "Transactions by participants, the shards they wrote on": (
-            _participants(tally),
-        ),
+        "By participants: the shards a transaction wrote on": (_participants(tally),),
         "Invariants, in plain SQL on each server": (_checks(audit),),
     }
     for title, renderables in sections.items():

@@ -324,8 +324,7 @@ def test_plain_sql_over_sharded_tables_is_refused_unless_routed(
 def test_a_reflected_table_does_not_pass_for_a_home_table(
     cluster: Cluster, servers: Servers
 ) -> None:
-    metadata, items, *_ = model()
-    cluster.create_all(metadata)
+    cluster.create_all(model()[0])
     reflected = Table(
         "items", MetaData(), autoload_with=cluster._shards.sync("s1").engine
     )

@@ -14,10 +14,11 @@ from shardalchemy.catalog import (
     ShardAddress,
     ShardState,
     Topology,
+    guarded_names,
     read_state,
-    sharded_table_names,
     write_catalog,
     write_ownership,
+    write_placement,
     write_topology,
 )
 from shardalchemy.catalog.install import lock_catalog
@@ -138,6 +139,7 @@ class Cluster:
                 metadata.create_all(connection, tables=[p.table for p in here])
                 for placement in here:
                     write_ownership(connection, placement, topology, shard)
+                    write_placement(connection, placement)
 
             fanout(make, members)
             if len(members) > 1:
@@ -214,7 +216,7 @@ class Cluster:
             with engines.connect(name) as connection:
                 states[name] = read_state(connection)
                 if states[name].topology is not None:
-                    self._analyser.guard(sharded_table_names(connection))
+                    self._analyser.guard(guarded_names(connection))
         topology = _agreed(states)
         if topology is None:
             raise ConfigurationError(

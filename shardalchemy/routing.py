@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import Insert
+from sqlalchemy import Delete, Insert, Table, Update
 from sqlalchemy.util import EMPTY_DICT
 
 from shardalchemy.errors import ShardKeyError, UnsupportedQueryError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from shardalchemy.catalog import Topology
     from shardalchemy.planner import Analysis
+    from shardalchemy.schema import Pin
     from shardalchemy.session import ShardedSession
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "destination",
     "home_first",
     "shard_of_identity",
-    "slot_of_value",
 ]
 
 
@@ -58,6 +58,7 @@ def destination(
     """
     named = _named_shard(session, statement, options)
     if named is not None:
+        _check_not_a_copy(statement)
         return Destination((named,), None, params)
     topology = session._topology()
     analysis, extracted = session._cluster._analyser.analyse(statement)
@@ -67,22 +68,20 @@ def destination(
         if analysis.writes:
             _check_replicable(statement, analysis, params)
             return Destination(home_first(topology), analysis, params)
-        return Destination((_shard_at_hand(session, topology),), analysis, params)
+        shard = (
+            topology.home
+            if analysis.locks_copies
+            else _shard_at_hand(session, topology)
+        )
+        return Destination((shard,), analysis, params)
     slots: set[int] | None
     if isinstance(statement, Insert):
         params, slots = _insert_slots(session, statement, analysis, params)
     else:
         # A parameter that stands for a pending object's key needs it flushed.
-        if any(parameter.callable is not None for parameter in extracted):
+        if extracted is None or any(p.callable is not None for p in extracted):
             session._autoflush()
-        given = params if isinstance(params, Mapping) else None
-        arguments = Arguments(extracted, given)
-        only = analysis.only_slots
-        slots = (
-            only.evaluate(arguments)
-            if only is not None
-            else _all_slots(analysis, arguments)
-        )
+        slots = _slots(statement, analysis, extracted or (), params)
     if slots is not None and len(slots) == 1:
         (slot,) = slots
         return Destination((topology.owners[slot],), analysis, params)
@@ -114,22 +113,73 @@ def _named_shard(
         session._engines.of(shard)
         return shard
     key = options.get("shard_key", own.get("shard_key"))
-    return None if key is None else session._topology().owner(slot_of_value(key))
+    if key is None:
+        return None
+    topology = session._topology()
+    pins = session._cluster._analyser.key_pins(statement)
+    return topology.owner(_slot_of_key(key, pins))
 
 
-def slot_of_value(key: object) -> int:
-    """Return the slot of a shard key by its Python type alone.
+def _slot_of_key(key: object, pins: Sequence[Pin]) -> int:
+    """Return the slot of a shard key given as an option.
 
-    An int is hashed as bigint, a str as text, a UUID, bytes and a date as what they
-    are. Raises ShardKeyError for anything else.
+    It is hashed as the statement's tables hash theirs; for plain SQL by its Python
+    type: an int as bigint, a str as text, a UUID, bytes and a date as what they are.
     """
-    for key_type in KEY_TYPES.values():
-        slot = key_type.slot(key)
-        if slot is not None:
-            return slot
-    raise ShardKeyError(
-        f"{key!r} is no shard key: use an int, a str, a UUID, bytes or a date."
-    )
+    hashes = [pin.slot for pin in pins] or [k.slot for k in KEY_TYPES.values()]
+    slots = [slot for slot in (hash_(key) for hash_ in hashes) if slot is not None]
+    if not slots or (pins and len(set(slots)) > 1):
+        accepts = {pin.accepts for pin in pins} or {
+            "an int, a str, a UUID, bytes",
+            "a date",
+        }
+        raise ShardKeyError(
+            f"shard_key={key!r} does not name one shard for this statement; it must be"
+            f" {' or '.join(sorted(accepts))}."
+        )
+    return slots[0]
+
+
+def _check_not_a_copy(statement: Any) -> None:
+    """Refuse to write one copy of a reference table, whatever an option says."""
+    if isinstance(statement, Insert | Update | Delete):
+        table = statement.table
+        if isinstance(table, Table) and placement_of(table).kind is Kind.REFERENCE:
+            raise UnsupportedQueryError(
+                f"{table} is a reference table: a write on one shard would make its"
+                " copies differ. Leave out shard= and shard_key=."
+            )
+
+
+def _slots(
+    statement: Any, analysis: Analysis, extracted: Sequence[Any], params: Any
+) -> set[int] | None:
+    """Return the slots that an execution needs, or None for all."""
+    sets: Sequence[Mapping[str, Any]]
+    sets = params if isinstance(params, list | tuple) else (params or EMPTY_DICT,)
+    # SQLAlchemy 2.1 keeps what params() was given apart from the parameters.
+    own = getattr(statement, "_params", None) or EMPTY_DICT
+    found: set[int] = set()
+    for given in sets or (EMPTY_DICT,):
+        if given or own:
+            known = {parameter.key for parameter in extracted}
+            if analysis.table is not None:
+                known.update(analysis.table.c.keys())
+            if not known.issuperset(given) or not known.issuperset(own):
+                # It may stand for a parameter by the name it has in the SQL.
+                return None
+        values = {**own, **given} if own else given
+        only = analysis.only_slots
+        arguments = Arguments(extracted, values)
+        some = (
+            only.evaluate(arguments)
+            if only is not None
+            else _all_slots(analysis, arguments)
+        )
+        if some is None:
+            return None
+        found |= some
+    return found
 
 
 def _all_slots(analysis: Analysis, arguments: Arguments) -> set[int] | None:

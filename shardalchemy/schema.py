@@ -257,6 +257,7 @@ def _key_pin(table: Table, column: Column[Any]) -> Pin:
 
 
 def _key_type(type_: TypeEngine[Any]) -> KeyType | None:
+    type_ = type_._variant_mapping.get("postgresql", type_)
     if isinstance(type_, SmallInteger | Integer | BigInteger):
         return KEY_TYPES["int8"]
     if isinstance(type_, Uuid):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Table, inspect
+from sqlalchemy.engine import IteratorResult
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.session import SessionTransactionOrigin
 from sqlalchemy.util import EMPTY_DICT, await_only
@@ -278,7 +279,9 @@ class ShardedSession(Session):
         }
         with self.no_autoflush:
             results = list(fanout(lambda shard, _: run(shard), connections).values())
-        return results[0].merge(*results[1:])
+        if options.get("yield_per") or (load is not None and load._yield_per):
+            return results[0].merge(*results[1:])
+        return _concatenated(results)
 
     def _shard_of_identity(self, mapper: Mapper[Any], ident: Any) -> str:
         return shard_of_identity(self._topology(), mapper, ident)
@@ -409,6 +412,24 @@ class ShardedSession(Session):
         """
         row: T = self._cluster._row_locks.lock(self, entity, ident, timeout)
         return row
+
+
+def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
+    """Return the rows of all results as one.
+
+    All are fetched first, and stay alive until the last is read: ``unique()`` knows
+    objects by their ``id()``, which one that is gone gives on to another.
+    """
+    first = results[0]
+    rows = [row for result in results for row in result._raw_row_iterator()]
+    whole: IteratorResult[Any] = IteratorResult(
+        first._metadata,
+        iter(rows),
+        _source_supports_scalars=first._source_supports_scalars,
+    )
+    whole._attributes = first._attributes
+    whole._unique_filter_state = first._unique_filter_state
+    return whole
 
 
 class _RouteLast:

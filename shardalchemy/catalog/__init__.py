@@ -13,7 +13,11 @@ from shardalchemy.catalog.install import (
     write_catalog,
     write_topology,
 )
-from shardalchemy.catalog.ownership import sharded_table_names, write_ownership
+from shardalchemy.catalog.ownership import (
+    guarded_names,
+    write_ownership,
+    write_placement,
+)
 from shardalchemy.catalog.sequences import Sequences
 from shardalchemy.catalog.topology import ShardAddress, Topology
 
@@ -23,9 +27,10 @@ __all__ = [
     "ShardAddress",
     "ShardState",
     "Topology",
+    "guarded_names",
     "read_state",
-    "sharded_table_names",
     "write_catalog",
     "write_ownership",
+    "write_placement",
     "write_topology",
 ]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shardalchemy.catalog.topology import Topology
     from shardalchemy.schema import Placement
 
-__all__ = ["OWNER", "sharded_table_names", "write_ownership"]
+__all__ = ["OWNER", "guarded_names", "write_ownership", "write_placement"]
 
 OWNER = "shardalchemy_owner"
 _LOCATOR = "shardalchemy_locator_"
@@ -39,13 +39,29 @@ _DETERMINISTIC = text(
     WHERE a.attrelid = CAST(:table AS regclass) AND a.attname = :column
     """
 )
+_PLACED = text(
+    "INSERT INTO shardalchemy.placement (table_schema, table_name, kind)"
+    " VALUES (coalesce(:schema, current_schema()), :name, :kind)"
+    " ON CONFLICT (table_schema, table_name) DO UPDATE SET kind = excluded.kind"
+)
+# The tables, and the views that read them, directly or through other views.
 _GUARDED = text(
     """
-    SELECT DISTINCT n.nspname || '.' || c.relname
-    FROM pg_constraint AS k
-    JOIN pg_class AS c ON c.oid = k.conrelid
-    JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE k.conname = :owner
+    WITH RECURSIVE guarded AS (
+        SELECT c.oid, n.nspname, c.relname
+        FROM shardalchemy.placement AS p
+        JOIN pg_namespace AS n ON n.nspname = p.table_schema
+        JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = p.table_name
+        UNION
+        SELECT v.oid, n.nspname, v.relname
+        FROM guarded AS g
+        JOIN pg_depend AS d ON d.refclassid = 'pg_class'::regclass
+            AND d.refobjid = g.oid AND d.classid = 'pg_rewrite'::regclass
+        JOIN pg_rewrite AS r ON r.oid = d.objid
+        JOIN pg_class AS v ON v.oid = r.ev_class AND v.oid <> g.oid
+        JOIN pg_namespace AS n ON n.oid = v.relnamespace
+    )
+    SELECT nspname || '.' || relname FROM guarded
     """
 )
 _ADD = sql.SQL("ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({condition})")
@@ -107,6 +123,20 @@ def write_ownership(
         connection.exec_driver_sql(statement.as_string().replace("%", "%%"))
 
 
-def sharded_table_names(connection: Connection) -> frozenset[str]:
-    """Return the ``schema.name`` of all tables that carry an ownership check."""
-    return frozenset(connection.scalars(_GUARDED, {"owner": OWNER}))
+def write_placement(connection: Connection, placement: Placement) -> None:
+    """Record that a table is sharded, or a copy; home tables are not recorded."""
+    if placement.kind is not Kind.HOME:
+        parameters = {
+            "schema": placement.table.schema,
+            "name": placement.table.name,
+            "kind": placement.kind.value,
+        }
+        connection.execute(_PLACED, parameters)
+
+
+def guarded_names(connection: Connection) -> frozenset[str]:
+    """Return the ``schema.name`` of sharded and reference tables, and of their views.
+
+    What reads them on one shard alone may read a part.
+    """
+    return frozenset(connection.scalars(_GUARDED))

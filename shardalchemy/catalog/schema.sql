@@ -16,6 +16,14 @@ CREATE TABLE IF NOT EXISTS shardalchemy.topology (
     since timestamptz NOT NULL DEFAULT now()
 );
 
+-- The tables that are not only at home, by schema and name, with what was declared.
+CREATE TABLE IF NOT EXISTS shardalchemy.placement (
+    table_schema text NOT NULL,
+    table_name text NOT NULL,
+    kind text NOT NULL CHECK (kind IN ('sharded', 'reference')),
+    PRIMARY KEY (table_schema, table_name)
+);
+
 -- A cross-shard transaction's marker on each participant, or the tombstone by which
 -- recovery keeps a participant from ever preparing: the unique key lets only one in.
 CREATE TABLE IF NOT EXISTS shardalchemy.txn (

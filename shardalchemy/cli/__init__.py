@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     something that is not installed, 130 after Ctrl-C.
     """
     try:
+        import rich  # noqa: F401  (the report needs it, while Typer can do without)
+
         from shardalchemy.cli.app import app
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):

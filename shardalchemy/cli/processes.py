@@ -12,6 +12,7 @@ import signal
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,16 +52,23 @@ class Workers:
         return len(self._arguments)
 
     def __enter__(self) -> Self:
-        with _without_interrupts():
-            for arguments in self._arguments:
-                ours, theirs = _spawning.Pipe()
-                process = _spawning.Process(
-                    target=_work, args=(self._target, theirs, arguments), daemon=True
-                )
-                process.start()
-                theirs.close()  # or its end would never be seen
-                self._processes[ours] = process
+        try:
+            with _interrupts_blocked():
+                for arguments in self._arguments:
+                    self._start(arguments)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _start(self, arguments: tuple[Any, ...]) -> None:
+        ours, theirs = _spawning.Pipe()
+        process = _spawning.Process(
+            target=_work, args=(self._target, theirs, arguments), daemon=True
+        )
+        process.start()
+        theirs.close()  # or its end would never be seen
+        self._processes[ours] = process
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():
@@ -114,13 +122,15 @@ def _work(
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C while processes are started, which is what they inherit.
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT in this thread, which the processes that it starts inherit.
 
-    A terminal sends it to all of its processes, and only the parent can end in order.
+    A terminal sends Ctrl-C to all of its processes, and only the parent can end in
+    order. Blocked and not ignored, so that one which comes meanwhile is not lost.
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # its start, with the first process, unblocks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -139,10 +139,11 @@ def _latencies(seconds: Sequence[float]) -> list[str]:
 
 
 def _outcome(tally: Tally, audit: Audit) -> Text:
-    orders = len(tally.orders)
+    # No buyer came to an end if there are no seconds, and the errors say so.
+    rate = len(tally.orders) / tally.seconds if tally.seconds else 0.0
     refused = ", ".join(f"{n:,} {why}" for why, n in tally.refusals.most_common())
     return Text.assemble(
-        (f"{orders / tally.seconds:.1f} orders a second", "bold"),
+        (f"{rate:.1f} orders a second", "bold"),
         f" over {tally.seconds:.1f} s. Refused: {refused or 'nobody'}.\n"
         f"{audit.sold_out} of {audit.hot} hot products are sold out.",
     )

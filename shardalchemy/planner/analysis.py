@@ -9,45 +9,37 @@ row belongs to one shard. Anything else has a ``scatter_problem``.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import CTE, Delete, Insert, Table, TextClause, Update
-from sqlalchemy.sql import visitors
-from sqlalchemy.sql.elements import ClauseElement, ColumnClause
+from sqlalchemy import Delete, Insert, Update
+from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import CompoundSelect, Select, TextualSelect
+from sqlalchemy.sql.selectable import CompoundSelect, Select
 
 from shardalchemy.errors import UnsupportedQueryError
+from shardalchemy.planner.names import Guard, Named, named
 from shardalchemy.planner.pins import restrictions
 from shardalchemy.planner.rowwise import why_not_rowwise
-from shardalchemy.planner.scopes import (
-    Criterion,
-    Element,
-    Scope,
-    conjuncts,
-    noted_scopes,
-)
-from shardalchemy.schema import Kind, placement_of
+from shardalchemy.planner.scopes import noted_scopes
+from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from sqlalchemy import Table
     from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.cache_key import CacheKey
 
     from shardalchemy.planner.pins import Restriction
+    from shardalchemy.planner.scopes import Element, Scope
     from shardalchemy.planner.slots import SlotSet
 
 __all__ = ["Analyser", "Analysis"]
 
-_WORDS = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*")
-_WAY_OUT = (
-    " Pin every sharded table to one key (… == value on its shard key or a locator),"
-    " or send the statement to one shard with"
-    " execution_options(shard_key=…) or execution_options(shard=…)."
-)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +49,8 @@ class Analysis:
     ``kind`` is the most demanding kind of table in it. Of a sharded statement,
     ``slots`` has one set per sharded element, None where nothing restricts it;
     ``only_slots`` is the one set that decides alone, where there is one.
-    ``scatter_problem`` says why it cannot run on several shards.
+    ``scatter_problem`` says why it cannot run on several shards. ``locks_copies`` says
+    that it locks rows of reference tables, which all sessions have to do on one shard.
     """
 
     kind: Kind
@@ -66,6 +59,7 @@ class Analysis:
     only_slots: SlotSet | None = None
     scatter_problem: str | None = None
     table: Table | None = None
+    locks_copies: bool = False
 
 
 class Analyser:
@@ -76,74 +70,79 @@ class Analyser:
     """
 
     def __init__(self, capacity: int = 1024) -> None:
-        self._guarded: frozenset[str] = frozenset()
-        self._guarded_words: frozenset[str] = frozenset()
+        self._guard = Guard()
         self._dialect: Dialect | None = None
         self._capacity = capacity
         self._known: dict[Any, Analysis] = {}
 
     def guard(self, names: Iterable[str]) -> None:
         """Add tables, as ``schema.name``, to those that are known to be sharded."""
-        self._guarded |= frozenset(names)
-        self._guarded_words = frozenset(
-            name.partition(".")[2].lower() for name in self._guarded
-        )
+        self._guard = self._guard.with_names(names)
         self._known.clear()
 
-    def analyse(self, statement: Any) -> tuple[Analysis, Sequence[Any]]:
+    def analyse(self, statement: Any) -> tuple[Analysis, Sequence[Any] | None]:
         """Return the analysis of *statement* and its cache key's bound parameters.
 
-        Raises UnsupportedQueryError where no choice of shards could make it exact.
+        The second is None for a statement that cannot be cached. Raises
+        UnsupportedQueryError where no choice of shards could make it exact.
         """
         if not isinstance(statement, ClauseElement):
             return Analysis(Kind.HOME), ()  # a Sequence, for example
         key = statement._generate_cache_key()
         if key is None:
-            return self._analyse(statement, None), ()
+            return self._analyse(statement, None), None
         known = self._known.get(key.key)
         if known is None:
             known = self._analyse(statement, key)
             if len(self._known) >= self._capacity:
-                self._forget()
+                for old in list(self._known)[: self._capacity // 4]:
+                    self._known.pop(old, None)
             self._known[key.key] = known
         return known, key.bindparams
 
-    def _forget(self) -> None:
-        for key in list(self._known)[: self._capacity // 4]:
-            self._known.pop(key, None)
+    def key_pins(self, statement: Any) -> list[Pin]:
+        """Return how the shard keys of the tables in *statement* are hashed."""
+        placements = [placement_of(table) for table in named(statement).tables]
+        return [p.pin for p in placements if p.pin is not None]
 
     def _analyse(self, statement: Any, key: CacheKey | None) -> Analysis:
         if getattr(statement, "_is_lambda_element", False):
             statement = statement._resolved
+        found = named(statement)
+        self._guard.check(found)
         if isinstance(statement, Insert):
-            return self._of_insert(statement, key)
+            return self._of_insert(statement, found)
         if isinstance(statement, Update | Delete):
-            return self._of_update(statement, key)
-        tables, texts = _named(statement)
-        kinds = {placement_of(table).kind for table in tables}
-        self._check_undeclared(tables)
+            return self._of_update(statement, found, key)
+        return self._of_select(statement, found, key)
+
+    def _of_select(
+        self, statement: Any, found: Named, key: CacheKey | None
+    ) -> Analysis:
+        kinds = found.kinds
+        selects = isinstance(statement, Select | CompoundSelect)
         if not kinds - {Kind.HOME}:
-            self._check_texts(texts, frozenset())
-            return Analysis(Kind.HOME)
-        if not isinstance(statement, Select | CompoundSelect):
-            if isinstance(statement, TextualSelect) or texts:
-                self._check_texts(texts, frozenset())
+            is_orm = "compile_state_plugin" in statement._propagate_attrs
+            if not (selects and is_orm):
+                return Analysis(Kind.HOME)
+            # What the ORM adds while it compiles may read other tables.
+            try:
+                scopes, places = self._scopes(statement, key)
+            except Exception as error:
+                logger.debug("left to SQLAlchemy, which will say why: %s", error)
+                return Analysis(Kind.HOME)
+        elif not selects:
             raise UnsupportedQueryError(
-                f"a {type(statement).__name__} over sharded tables is not supported."
-                " Write it as a select()."
+                f"a {type(statement).__name__} over {found.of_kind(Kind.SHARDED)}"
+                f" {found.of_kind(Kind.REFERENCE)} is not supported. Write it as a"
+                " select(); create tables with cluster.create_all()."
             )
-        self._check_texts(texts, kinds)
-        _check_mixture(tables)
-        scopes, places = self._scopes(statement, key)
-        found = restrictions(scopes, places)
-        if not found:
-            # What the ORM adds while compiling may name tables that the statement
-            # does not.
-            return Analysis(_most_demanding(scopes, kinds))
-        _check_mixture(
-            [e.table for s in scopes for e in s.elements if e.table is not None]
-        )
-        return _of_restrictions(found, _why_not_scattered(scopes, found))
+        else:
+            found.check_nested_writes()
+            found.check_texts()
+            found.check_mixture()
+            scopes, places = self._scopes(statement, key)
+        return _of_scopes(statement, scopes, places, found)
 
     def _scopes(
         self, statement: Any, key: CacheKey | None
@@ -154,20 +153,19 @@ class Analyser:
             self._dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
         return noted_scopes(statement, self._dialect, key)
 
-    def _of_update(self, statement: Any, key: CacheKey | None) -> Analysis:
-        table = _plain(statement.table)
+    def _of_update(
+        self, statement: Any, found: Named, key: CacheKey | None
+    ) -> Analysis:
+        table = found.target(statement)
         placement = placement_of(table)
-        tables, texts = _named(statement)
-        _check_mixture(tables)
-        self._check_undeclared(tables)
-        kinds = {placement_of(t).kind for t in tables}
-        self._check_texts(texts, kinds - {Kind.HOME})
+        found.check_nested_writes()
+        if found.kinds - {Kind.HOME}:
+            found.check_texts()
+        found.check_mixture()
         if placement.kind is Kind.HOME:
-            if Kind.SHARDED in kinds:
-                raise UnsupportedQueryError(_mixed(tables))
             return Analysis(Kind.HOME, writes=True)
         if placement.kind is Kind.REFERENCE:
-            _check_deterministic(statement, tables)
+            _check_deterministic(statement, table, found)
             return Analysis(Kind.REFERENCE, writes=True, table=table)
         for column in _assigned(statement):
             if getattr(column, "key", column) in placement.pins:
@@ -176,182 +174,161 @@ class Analyser:
                     " the rows, delete them, and add copies with the new value."
                 )
         scopes, places = self._scopes(statement, key)
-        target = Scope(statement, statement, None, as_from=False, compound=False)
-        target.elements.append(Element(table))
-        target.elements += [
-            Element(t)
-            for t in tables
-            if t is not table and not any(s.element_of(t) for s in scopes)
-        ]
-        everything = frozenset(id(e) for e in target.elements)
-        target.criteria += [
-            Criterion(part, everything)
-            for criterion in statement._where_criteria
-            for part in conjuncts(criterion)
-        ]
-        for scope in scopes:
-            scope.parent = scope.parent or target
-        found = restrictions([target, *scopes], places)
-        problem = "an UPDATE or DELETE by criteria"
-        analysis = _of_restrictions(found, problem)
-        return Analysis(
-            Kind.SHARDED,
-            True,
-            analysis.slots,
-            analysis.only_slots,
-            analysis.scatter_problem,
-            table,
+        analysis = _of_scopes(statement, scopes, places, found)
+        return replace(
+            analysis,
+            writes=True,
+            table=table,
+            scatter_problem="an UPDATE or DELETE by criteria",
         )
 
-    def _of_insert(self, statement: Any, key: CacheKey | None) -> Analysis:
-        table = _plain(statement.table)
-        self._check_undeclared([table])
+    def _of_insert(self, statement: Any, found: Named) -> Analysis:
+        table = found.target(statement)
         kind = placement_of(table).kind
-        if statement.select is not None:
-            tables, texts = _named(statement.select)
-            kinds = {placement_of(t).kind for t in tables}
-            self._check_texts(texts, kinds | ({kind} - {Kind.HOME}))
-            if kind is not Kind.HOME or Kind.SHARDED in kinds:
-                raise UnsupportedQueryError(
-                    f"INSERT INTO {table} … SELECT over sharded tables: the rows may"
-                    " have to move between shards. Read them and add them with the"
-                    " session."
-                )
-        elif kind is Kind.REFERENCE:
-            _check_deterministic(statement, [table])
+        found.check_nested_writes()
+        read = {placement_of(t).kind for t in found.tables if t is not table}
+        selects = statement.select is not None
+        if Kind.SHARDED in read or (selects and kind is Kind.SHARDED):
+            raise UnsupportedQueryError(
+                f"INSERT INTO {table} with rows or values that are selected"
+                f" ({found.of_kind(*Kind)}): they may be on other shards. Read them"
+                " first, and add the rows through the session."
+            )
+        if kind is not Kind.HOME:
+            found.check_texts()
+        if kind is Kind.REFERENCE:
+            _check_deterministic(statement, table, found)
         problem = "an INSERT of rows of several shards"
         return Analysis(kind, writes=True, table=table, scatter_problem=problem)
 
-    def _check_undeclared(self, tables: Sequence[Table]) -> None:
-        """Refuse a Table without a declaration whose rows are known to be sharded."""
-        for table in tables:
-            if (
-                placement_of(table).kind is Kind.HOME
-                and f"{table.schema or 'public'}.{table.name}" in self._guarded
-            ):
-                raise UnsupportedQueryError(
-                    f"{table} is sharded on the servers, but this Table object has no"
-                    " info=sharded_by(…); a reflected table needs it as well. Use the"
-                    " declared one, or execution_options(shard='…')."
-                )
 
-    def _check_texts(
-        self, texts: Sequence[str], kinds: set[Kind] | frozenset[Kind]
-    ) -> None:
-        """Refuse plain SQL that may read sharded rows without being routed."""
-        for text in texts:
-            words = {word.lower() for word in _WORDS.findall(text)}
-            named = words & self._guarded_words
-            if named:
-                raise UnsupportedQueryError(
-                    f"textual SQL names {', '.join(sorted(named))}, whose rows are on"
-                    " several shards, and it is not parsed. Write it as a select(), or"
-                    " say where it runs: execution_options(shard_key=…) or"
-                    " execution_options(shard='…')."
-                )
-            if Kind.SHARDED in kinds and words & {"select", "with"}:
-                raise UnsupportedQueryError(
-                    "a textual subquery beside sharded tables is not parsed. Write it"
-                    " as a select()." + _WAY_OUT
-                )
-
-
-def _named(statement: Any) -> tuple[list[Table], list[str]]:
-    """Return the tables and the pieces of plain SQL anywhere in *statement*."""
-    tables: dict[Table, None] = {}
-    texts: list[str] = []
-    seen: set[int] = set()
-    stack = [statement]
-    while stack:
-        for part in visitors.iterate(stack.pop()):
-            if id(part) in seen:
-                continue
-            seen.add(id(part))
-            if isinstance(part, Table):
-                tables.setdefault(_plain(part))
-            elif isinstance(part, TextClause):
-                texts.append(part.text)
-            elif isinstance(part, ColumnClause):
-                if part.is_literal:
-                    texts.append(part.name)
-                source = part.table
-                if source is not None and id(source) not in seen:
-                    stack.append(source)
-            elif isinstance(part, CTE):
-                stack.append(part.element)
-    return list(tables), texts
-
-
-def _plain(table: Any) -> Table:
-    """Return the table itself of one that the ORM has annotated."""
-    plain: Table = table._deannotate() if table._annotations else table
-    return getattr(plain, "_Annotated__element", plain)
-
-
-def _mixed(tables: Sequence[Table]) -> str:
-    home = [str(t) for t in tables if placement_of(t).kind is Kind.HOME]
-    sharded = [str(t) for t in tables if placement_of(t).kind is Kind.SHARDED]
-    return (
-        f"{', '.join(sharded)} is sharded and {', '.join(home)} lives on the home shard"
-        " alone; one statement cannot see both. Load them in two statements, or"
-        f" declare {home[0]} with sharded_by(…) or reference_table()."
-    )
-
-
-def _check_mixture(tables: Sequence[Table]) -> None:
-    kinds = {placement_of(table).kind for table in tables}
-    if Kind.SHARDED in kinds and Kind.HOME in kinds:
-        raise UnsupportedQueryError(_mixed(tables))
-
-
-def _most_demanding(scopes: Sequence[Scope], kinds: set[Kind]) -> Kind:
-    found = set(kinds)
-    for scope in scopes:
-        for element in scope.elements:
-            if element.table is not None:
-                found.add(placement_of(element.table).kind)
-    return Kind.HOME if Kind.HOME in found else Kind.REFERENCE
-
-
-def _of_restrictions(found: list[Restriction], problem: str | None) -> Analysis:
-    slots = {id(r.slots): r.slots for r in found}
-    only = found[0].slots if len(slots) == 1 else None
+def _of_scopes(
+    statement: Any,
+    scopes: list[Scope],
+    places: Mapping[int, int] | None,
+    found: Named,
+) -> Analysis:
+    """Return the analysis of a statement from its scopes."""
+    elements = [element for scope in scopes for element in scope.elements]
+    _check_elements(elements)
+    tables = [e.table for e in elements if e.table is not None]
+    seen = Named(dict.fromkeys([*tables, *found.tables]), [], False)
+    seen.check_mixture()
+    restricted = restrictions(scopes, places)
+    kinds = seen.kinds
+    locks = _locks_copies(statement, kinds)
+    if not restricted:
+        if Kind.SHARDED in kinds:
+            raise UnsupportedQueryError(
+                f"where {seen.of_kind(Kind.SHARDED)} is read in this statement could"
+                " not be made out. Select from it directly, or in a subquery."
+            )
+        kind = Kind.HOME if Kind.HOME in kinds or not kinds else Kind.REFERENCE
+        return Analysis(kind, locks_copies=locks)
+    if locks:
+        raise UnsupportedQueryError(
+            "FOR UPDATE over a sharded and a reference table would lock one shard's"
+            " copy of the latter. Say with_for_update(of=…) which rows are meant."
+        )
+    slots = {id(r.slots): r.slots for r in restricted}
     return Analysis(
         Kind.SHARDED,
         slots=tuple(slots.values()),
-        only_slots=only,
-        scatter_problem=problem,
+        only_slots=restricted[0].slots if len(slots) == 1 else None,
+        scatter_problem=_why_not_scattered(scopes, restricted),
+    )
+
+
+def _check_elements(elements: Sequence[Element]) -> None:
+    """Refuse FROM elements that read a table in a way that is not known here."""
+    for element in elements:
+        if element.table is None and element.subquery is None:
+            inside = named(element.clause)
+            if inside.kinds - {Kind.HOME}:
+                raise UnsupportedQueryError(
+                    f"a {type(element.clause).__name__} of {inside.of_kind(*Kind)} in"
+                    " FROM is not supported over several shards."
+                )
+
+
+def _locks_copies(statement: Any, kinds: set[Kind]) -> bool:
+    lock = getattr(statement, "_for_update_arg", None)
+    if lock is None or Kind.REFERENCE not in kinds:
+        return False
+    if not lock.of:
+        return True
+    return any(
+        placement_of(table).kind is Kind.REFERENCE
+        for item in lock.of
+        for table in named(item).tables
     )
 
 
 def _why_not_scattered(scopes: Sequence[Scope], found: list[Restriction]) -> str | None:
     """Return what keeps a SELECT from being run on several shards, or None."""
     top = scopes[0]
-    for scope in scopes:
+    inner = [e.subquery for s in scopes for e in s.elements if e.subquery is not None]
+    if any(count > 1 for count in Counter(map(id, inner)).values()):
+        return "a CTE or subquery that is used more than once"
+    for scope in _above(scopes, found):
         sharded = [r for r in found if r.scope is scope]
-        if scope.parent is None or sharded:
-            loader = _is_relationship_load(scope.original)
-            problem = why_not_rowwise(scope.select, None if loader else scope.original)
-            ordered = loader and bool(scope.original._order_by_clauses)
-            if problem is None and ordered and any(r.slots is None for r in sharded):
-                # Children are ordered within their parent: its key has to pin them.
-                problem = "ORDER BY"
-            if problem is not None:
-                return problem
-        if sharded and scope is not top and not scope.as_from:
+        loader = scope is top and _is_relationship_load(scope.original)
+        problem = why_not_rowwise(scope.select, None if loader else scope.original)
+        ordered = loader and bool(getattr(scope.original, "_order_by_clauses", ()))
+        if problem is None and ordered and not _ordered_within_parents(sharded, found):
+            problem = "ORDER BY"
+        if problem is not None:
+            return problem
+        if scope is not top and not scope.as_from:
             return "a subquery over sharded tables"
         if scope.compound:
             return "a set operation"
-        if sharded and scope.has_full_join:
+        if scope.has_full_join:
             return "a FULL JOIN"
-    if len({r.group for r in found}) > 1:
-        return (
-            "a join of "
-            + " and ".join(sorted({str(r.element.table) for r in found}))
-            + ", which is not on equal shard keys"
-        )
-    if all(_blankable(r, scopes) for r in found):
+    return _why_not_colocated(scopes, found)
+
+
+def _above(scopes: Sequence[Scope], found: list[Restriction]) -> list[Scope]:
+    """Return every scope through which sharded rows come, and the outermost."""
+    needed = {id(scopes[0]): scopes[0]}
+    for restriction in found:
+        scope: Scope | None = restriction.scope
+        while scope is not None:
+            needed[id(scope)] = scope
+            scope = scope.parent
+    return list(needed.values())
+
+
+def _ordered_within_parents(
+    sharded: list[Restriction], found: list[Restriction]
+) -> bool:
+    """Return whether the children of one parent all come from one shard.
+
+    A loader that asks for the children of many parents restricts them by the parents'
+    keys, or joins them to the parents; it sorts each parent's children, no more.
+    """
+    parents = [r for r in found if r not in sharded]
+    return all(
+        (r.slots is not None and r.slots.is_list_of("primary_keys"))
+        or any(parent.group == r.group for parent in parents)
+        for r in sharded
+    )
+
+
+def _why_not_colocated(scopes: Sequence[Scope], found: list[Restriction]) -> str | None:
+    """Return why partners, or parts of a result row, may be on several shards."""
+    preserved = {r.group for r in found if not _blankable(r, scopes)}
+    if not preserved:
         return "an outer join whose preserved side is a reference table"
+    together = set(preserved) if len(preserved) == 1 else set()
+    grown = True
+    while grown and together:
+        attached = {r.group for r in found if r.attached_to & together}
+        grown = not attached <= together
+        together |= attached
+    if any(r.group not in together for r in found):
+        tables = sorted({str(r.element.table) for r in found})
+        return f"a join of {' and '.join(tables)}, which is not on equal shard keys,"
     return None
 
 
@@ -389,14 +366,28 @@ def _assigned(statement: Any) -> Iterator[Any]:
             yield column
 
 
-def _check_deterministic(statement: Any, tables: Sequence[Table]) -> None:
+def _check_deterministic(statement: Any, table: Table, found: Named) -> None:
     """Refuse a write to a reference table that its copies might evaluate unlike."""
-    table = statement.table
-    others = [t for t in tables if placement_of(t).kind is not Kind.REFERENCE]
-    parts = list(visitors.iterate(statement))
-    if others or any(isinstance(part, FunctionElement | TextClause) for part in parts):
+    others = [t for t in found.tables if placement_of(t).kind is not Kind.REFERENCE]
+    if (
+        others
+        or found.texts
+        or any(isinstance(p, FunctionElement) for p in found.parts)
+    ):
         raise UnsupportedQueryError(
             f"a write to the reference table {table} runs on every shard, and a"
-            " function or another table in it may give each copy another value."
-            " Compute the values first, or change the objects through the session."
+            " function, plain SQL or another table in it may give each copy another"
+            " value. Compute the values first, or change the objects through the"
+            " session."
         )
+    if isinstance(statement, Update):
+        assigned = {getattr(c, "key", c) for c in _assigned(statement)}
+        for column in table.c:
+            if (column.onupdate or column.server_onupdate) and (
+                column.key not in assigned
+            ):
+                raise UnsupportedQueryError(
+                    f"UPDATE of the reference table {table} without {column.name}: its"
+                    " onupdate would give each copy another value. Set it, or change"
+                    " the objects through the session."
+                )

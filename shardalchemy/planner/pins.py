@@ -7,13 +7,16 @@ ON of a LEFT JOIN filters the right side only; one of a FULL JOIN filters nothin
 Columns of a subquery or CTE are followed down to the table they come from; a criterion
 outside filters rows inside only where the subquery is row-wise.
 
-Two elements equal in pins of one family are **colocated**: each row meets its partners
-on its own shard.
+Equality in pins of one family **colocates** two elements: each row meets its partners
+on its own shard. Where a criterion filters only one of the two, as in the ON of a LEFT
+JOIN, that one is **attached** to the other: it has to be where the other is, but says
+nothing of a third that it is compared with as well.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import BindParameter, Column, TypeDecorator
@@ -28,7 +31,7 @@ from sqlalchemy.sql.elements import (
 )
 
 from shardalchemy.planner.rowwise import why_not_rowwise
-from shardalchemy.planner.scopes import Element, Scope, conjuncts
+from shardalchemy.planner.scopes import Element, Scope, conjuncts, is_loose_text
 from shardalchemy.planner.slots import AnyOf, Nowhere, SlotSet, Value, all_of
 from shardalchemy.schema import Kind, Pin, key_family, placement_of
 
@@ -42,8 +45,9 @@ __all__ = ["Restriction", "restrictions"]
 class _Place:
     """A pinning column of a sharded element, as some expression names it.
 
-    ``reachable`` are the ids of the elements, from the expression's own scope inwards,
-    through which a criterion on the expression filters the element's rows.
+    ``outermost`` is the element of the expression's own scope; ``filters_inside`` says
+    whether a criterion there filters rows of ``element`` within, and ``blankable``
+    whether the value may be NULL though the row exists, or without a row.
     """
 
     element: Element
@@ -52,16 +56,22 @@ class _Place:
     column: Column[Any]
     outermost: Element
     filters_inside: bool
+    blankable: bool
 
 
 @dataclass(slots=True, eq=False)
 class Restriction:
-    """A sharded element, the slots its rows can be in, and its colocation group."""
+    """A sharded element and the slots its rows can be in.
+
+    ``group`` is equal for elements that are colocated, ``attached_to`` holds the groups
+    that this element is attached to.
+    """
 
     element: Element
     scope: Scope
     slots: SlotSet | None
     group: int
+    attached_to: set[int] = field(default_factory=set)
 
 
 class _Resolver:
@@ -69,6 +79,9 @@ class _Resolver:
 
     def __init__(self, scopes: Sequence[Scope]) -> None:
         self._by_select: dict[int, Scope] = {}
+        self._references = Counter(
+            id(element.subquery) for scope in scopes for element in scope.elements
+        )
         for scope in scopes:
             self._by_select.setdefault(id(scope.original), scope)
             self._by_select.setdefault(id(scope.select), scope)
@@ -97,21 +110,25 @@ class _Resolver:
             pin = None if base is None else placement.pins.get(base.key)
             if pin is None or base is None:
                 return None
-            return _Place(element, scope, pin, base, element, True)
+            blankable = element.nullable or bool(base.nullable)
+            return _Place(element, scope, pin, base, element, True, blankable)
         inner = self._by_select.get(id(element.subquery))
         if inner is None or inner.compound:
             return None
         for source in column._proxies:
             found = self.place(source, inner)
             if found is not None:
-                rowwise = why_not_rowwise(inner.select, inner.original) is None
-                return _Place(
-                    found.element,
-                    found.scope,
-                    found.pin,
-                    found.column,
-                    element,
-                    found.filters_inside and rowwise,
+                # A criterion on one use of a CTE says nothing of its other uses.
+                filters_inside = (
+                    found.filters_inside
+                    and self._references[id(element.subquery)] == 1
+                    and why_not_rowwise(inner.select, inner.original) is None
+                )
+                return replace(
+                    found,
+                    outermost=element,
+                    filters_inside=filters_inside,
+                    blankable=found.blankable or element.nullable,
                 )
         return None
 
@@ -133,47 +150,49 @@ def restrictions(
     by_element = {id(r.element): r for r in found}
     resolver = _Resolver(scopes)
     direct: dict[int, list[SlotSet]] = {}
-    edges: list[tuple[Restriction, Restriction]] = []
+    edges: list[tuple[Restriction, Restriction, bool]] = []
     for scope in scopes:
         for criterion in scope.criteria:
             for place, slots in _pinned(criterion.clause, scope, resolver, places):
-                if _filters(criterion.filters, place, scope):
+                if _filters(criterion.filters, place):
                     direct.setdefault(id(place.element), []).append(slots)
             for here, there in _equalities(criterion.clause, scope, resolver):
-                target, source = (
-                    by_element[id(here.element)],
-                    by_element[id(there.element)],
-                )
-                if target is not source and _filters(criterion.filters, here, scope):
-                    edges.append((target, source))
+                target = by_element[id(here.element)]
+                source = by_element[id(there.element)]
+                if target is not source and _filters(criterion.filters, here):
+                    both = _filters(criterion.filters, there)
+                    edges.append((target, source, both))
     for restriction in found:
         restriction.slots = all_of(direct.get(id(restriction.element), ()))
     _propagate(found, edges)
     return found
 
 
-def _filters(filtered: frozenset[int], place: _Place, scope: Scope) -> bool:
-    """Return whether a criterion of *scope* filters the rows of *place*'s element."""
+def _filters(filtered: frozenset[int], place: _Place) -> bool:
+    """Return whether a criterion on *filtered* elements filters *place*'s rows."""
     return place.filters_inside and id(place.outermost) in filtered
 
 
 def _propagate(
-    found: list[Restriction], edges: list[tuple[Restriction, Restriction]]
+    found: list[Restriction], edges: list[tuple[Restriction, Restriction, bool]]
 ) -> None:
     """Carry slots along equalities, and join the groups they connect."""
     changed = True
     while changed:
         changed = False
-        for target, source in edges:
+        for target, source, both in edges:
             if target.slots is None and source.slots is not None:
                 target.slots = source.slots
                 changed = True
-            if target.group != source.group:
-                joined = min(target.group, source.group)
+            if both and target.group != source.group:
+                gone, kept = sorted((target.group, source.group), reverse=True)
                 for restriction in found:
-                    if restriction.group in (target.group, source.group):
-                        restriction.group = joined
+                    if restriction.group == gone:
+                        restriction.group = kept
                 changed = True
+    for target, source, both in edges:
+        if not both:
+            target.attached_to.add(source.group)
 
 
 def _pinned(
@@ -195,8 +214,8 @@ def _pinned(
     if place is None:
         return
     if clause.operator is operators.is_ and isinstance(right, Null):
-        # An outer join blanks the column without moving the row.
-        if not place.outermost.nullable and not place.element.nullable:
+        # A nullable column, or an outer join, is NULL without moving the row.
+        if not place.blankable:
             yield place, Nowhere()
         return
     parameter: Any = right
@@ -228,6 +247,9 @@ def _pinned_by_all(
             continue
         found: dict[int, tuple[_Place, SlotSet]] = {}
         for part in conjuncts(branch):
+            if is_loose_text(part):
+                found.clear()
+                break
             for place, slots in _pinned(part, scope, resolver, places):
                 if place.filters_inside:
                     found.setdefault(id(place.element), (place, slots))

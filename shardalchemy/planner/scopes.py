@@ -8,14 +8,20 @@ that are left after correlation. What was noted is a `Scope`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import CTE, Alias, Join, Select, Subquery, Table
+from sqlalchemy import CTE, Alias, Delete, Join, Subquery, Table, Update
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import BooleanClauseList, Grouping
+from sqlalchemy.sql.elements import (
+    BooleanClauseList,
+    ColumnClause,
+    Grouping,
+    TextClause,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,7 +73,7 @@ class Scope:
     parent's FROM clause (or is a CTE), rather than in an expression.
     """
 
-    select: Select[Any]
+    select: Any
     original: Any
     parent: Scope | None
     as_from: bool
@@ -95,6 +101,31 @@ def conjuncts(clause: Any) -> Iterator[Any]:
         yield clause
 
 
+_LOOSE = re.compile(r"--|/\*|;|\bor\b", re.IGNORECASE)
+
+
+def is_loose_text(clause: Any) -> bool:
+    """Return whether *clause* is plain SQL that may reach beyond its place.
+
+    SQLAlchemy joins it to its neighbours by AND without parentheses, so an OR within
+    it, a comment or a parenthesis too many changes what they mean.
+    """
+    while isinstance(clause, Grouping):
+        clause = clause.element
+    if isinstance(clause, TextClause):
+        text = clause.text
+    elif isinstance(clause, ColumnClause) and clause.is_literal:
+        text = clause.name
+    else:
+        return False
+    depth = 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            return True
+    return depth != 0 or "'" in text or _LOOSE.search(text) is not None
+
+
 class _Noting(SQLCompiler):
     """What makes a dialect's compiler note each SELECT that it renders."""
 
@@ -102,6 +133,7 @@ class _Noting(SQLCompiler):
         self.scopes: list[Scope] = []
         self._around: list[Scope | None] = [None]
         self._pending: list[tuple[Any, bool, bool]] = []
+        self.extra_froms: list[Any] = []
         super().__init__(*args, **kwargs)
 
     def visit_select(self, select_stmt: Any, asfrom: bool = False, **kw: Any) -> Any:  # type: ignore[override]
@@ -128,15 +160,51 @@ class _Noting(SQLCompiler):
         scope = Scope(select, original, self._around[-1], as_from, compound)
         for clause in froms:
             _add_from(scope, clause, nullable=False)
-        everything = frozenset(id(e) for e in scope.elements)
-        scope.criteria.extend(
-            Criterion(part, everything)
-            for criterion in select._where_criteria
-            for part in conjuncts(criterion)
-        )
+        _add_where(scope, select._where_criteria)
+        if select._suffixes or select._prefixes or _has_hints(select):
+            scope.criteria.clear()  # plain SQL that may change what they mean
         self.scopes.append(scope)
         self._around.append(scope)
         return froms
+
+    def update_from_clause(
+        self,
+        update_stmt: Any,
+        from_table: Any,
+        extra_froms: Any,
+        from_hints: Any,
+        **kw: Any,
+    ) -> Any:
+        self.extra_froms.extend(extra_froms)
+        return super().update_from_clause(  # type: ignore[no-untyped-call]
+            update_stmt, from_table, extra_froms, from_hints, **kw
+        )
+
+    def delete_extra_from_clause(
+        self,
+        delete_stmt: Any,
+        from_table: Any,
+        extra_froms: Any,
+        from_hints: Any,
+        **kw: Any,
+    ) -> Any:
+        self.extra_froms.extend(extra_froms)
+        return super().delete_extra_from_clause(  # type: ignore[no-untyped-call]
+            delete_stmt, from_table, extra_froms, from_hints, **kw
+        )
+
+
+def _has_hints(select: Any) -> bool:
+    return bool(select._hints or select._statement_hints)
+
+
+def _add_where(scope: Scope, criteria: Any) -> None:
+    """Add the conditions of a WHERE to *scope*, unless loose text is among them."""
+    parts = [part for criterion in criteria for part in conjuncts(criterion)]
+    if any(is_loose_text(part) for part in parts):
+        return
+    everything = frozenset(id(element) for element in scope.elements)
+    scope.criteria.extend(Criterion(part, everything) for part in parts)
 
 
 @cache
@@ -159,9 +227,9 @@ def _add_from(scope: Scope, clause: Any, *, nullable: bool) -> list[Element]:
     filtered = [] if clause.full else right if outer else [*left, *right]
     filters = frozenset(id(element) for element in filtered)
     if clause.onclause is not None:
-        scope.criteria.extend(
-            Criterion(part, filters) for part in conjuncts(clause.onclause)
-        )
+        parts = list(conjuncts(clause.onclause))
+        if not any(is_loose_text(part) for part in parts):
+            scope.criteria.extend(Criterion(part, filters) for part in parts)
     return [*left, *right]
 
 
@@ -170,11 +238,20 @@ def noted_scopes(
 ) -> tuple[list[Scope], Mapping[int, int] | None]:
     """Compile *statement* and return its scopes, outermost first.
 
+    An UPDATE or DELETE is a scope as well, of its table and those it reads beside.
     The second value maps ``id(parameter)`` of each bound parameter rendered to its
     place in the cache key; it is None where there is no key.
     """
     make: Any = dialect.statement_compiler
     compiler = _noting(make)(dialect, statement, cache_key=cache_key)
+    if isinstance(statement, Update | Delete):
+        target = Scope(statement, statement, None, as_from=False, compound=False)
+        for clause in (statement.table, *compiler.extra_froms):
+            _add_from(target, clause, nullable=False)
+        _add_where(target, statement._where_criteria)
+        for scope in compiler.scopes:
+            scope.parent = scope.parent or target
+        compiler.scopes.insert(0, target)
     if cache_key is None:
         return compiler.scopes, None
     places: dict[int, int] = {}

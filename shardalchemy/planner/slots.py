@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["AllOf", "AnyOf", "Arguments", "Nowhere", "SlotSet", "Value"]
 
 
+UNKNOWN = object()
+"""The value of a parameter that this execution does not tell."""
+
+
 class Arguments:
     """The parameter values of one execution.
 
@@ -30,7 +34,7 @@ class Arguments:
     def __init__(
         self,
         extracted: Sequence[BindParameter[Any]],
-        given: Mapping[str, Any] | None,
+        given: Mapping[str, Any],
     ) -> None:
         self.extracted = extracted
         self.given = given
@@ -50,7 +54,7 @@ class Value:
     expanding: bool
 
     def read(self, arguments: Arguments) -> Any:
-        """Return the parameter's value for this execution."""
+        """Return the parameter's value for this execution, or `UNKNOWN`."""
         parameter = (
             self.parameter if self.index is None else arguments.extracted[self.index]
         )
@@ -59,11 +63,20 @@ class Value:
             return given[parameter.key]
         if parameter.callable is not None:
             return parameter.effective_value
+        if not parameter.unique:
+            # A parameter with a name may be given its value by a statement around.
+            return UNKNOWN
         return parameter.value
+
+    def is_list_of(self, key: str) -> bool:
+        """Return whether this is the list that a loader passes under *key*."""
+        return self.expanding and self.parameter.key == key
 
     def evaluate(self, arguments: Arguments) -> set[int] | None:
         """Return the slots of the value or values."""
         value = self.read(arguments)
+        if value is UNKNOWN:
+            return None
         if not self.expanding:
             slot = None if value is None else self.slot(value)
             # `= NULL` is true of no row, so it needs no shard.
@@ -85,6 +98,10 @@ class Value:
 class Nowhere:
     """No slot at all: a criterion that no row fulfils."""
 
+    def is_list_of(self, key: str) -> bool:
+        """Return False."""
+        return False
+
     def evaluate(self, arguments: Arguments) -> set[int] | None:
         """Return the empty set."""
         return set()
@@ -95,6 +112,10 @@ class AllOf:
     """The slots in all of several sets."""
 
     parts: tuple[SlotSet, ...]
+
+    def is_list_of(self, key: str) -> bool:
+        """Return whether one of the sets is the list that a loader passes."""
+        return any(part.is_list_of(key) for part in self.parts)
 
     def evaluate(self, arguments: Arguments) -> set[int] | None:
         """Return the intersection; a part that does not restrict is left out."""
@@ -111,6 +132,10 @@ class AnyOf:
     """The slots in any of several sets."""
 
     parts: tuple[SlotSet, ...]
+
+    def is_list_of(self, key: str) -> bool:
+        """Return False."""
+        return False
 
     def evaluate(self, arguments: Arguments) -> set[int] | None:
         """Return the union; a part that does not restrict makes it all slots."""

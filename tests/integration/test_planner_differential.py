@@ -12,6 +12,7 @@ import collections
 import contextlib
 import datetime
 import decimal
+import itertools
 import random
 import sys
 import uuid
@@ -76,7 +77,7 @@ from shardalchemy.ids import new_locator
 from shardalchemy.local import LocalCluster
 from shardalchemy.schema import placement_of
 
-SEEDS = 12
+SEEDS = 8
 STATEMENTS = 100  # a seed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cartesian product")
@@ -124,7 +125,7 @@ class Order(Base):
         {"info": sharded_by("customer_id")},
     )
     id: Mapped[uuid.UUID] = locator_id()
-    customer_id: Mapped[int] = mapped_column(ForeignKey("pd_customers.id"))
+    customer_id: Mapped[int] = mapped_column(BigInteger, ForeignKey("pd_customers.id"))
     parent_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("pd_orders.id"))
     v: Mapped[int | None]
     status: Mapped[str]
@@ -358,30 +359,30 @@ class Both:
             connection.exec_driver_sql(f"CREATE DATABASE {self.name}")
         self.engine = create_engine(self.url.set(database=self.name))
         self.cluster: Cluster = servers.cluster()
+        self.drop()
         Base.metadata.create_all(self.engine)
         self.cluster.create_all(Base.metadata)
         self.plain = sa.orm.sessionmaker(self.engine)
         self.sharded = self.cluster.sessionmaker()
         self.refusals: collections.Counter[str] = collections.Counter()
         self.outcomes: collections.Counter[str] = collections.Counter()
+        self.errors: collections.Counter[str] = collections.Counter()
         for maker in (self.plain, self.sharded):
             with maker() as session:
-                for entity in reversed(Base.metadata.sorted_tables):
-                    for name in self.cluster.topology.shards:
-                        if maker is self.sharded:
-                            session.execute(
-                                entity.delete(), bind_arguments={"shard": name}
-                            ) if placement_of(entity).kind.value != "home" or (
-                                name == self.cluster.topology.home
-                            ) else None
-                session.commit()
                 for entity, rows in ROWS.items():
-                    for row in rows:
-                        session.add(entity(**row))
+                    session.add_all(entity(**row) for row in rows)
                     session.flush()
                 session.commit()
 
+    def drop(self) -> None:
+        for shard in self.cluster._shards.names:
+            with self.cluster._sync.connect(shard) as connection:
+                for base in (OddBase, Base):
+                    base.metadata.drop_all(connection)
+                connection.commit()
+
     def close(self) -> None:
+        self.drop()
         self.cluster.close()
         self.engine.dispose()
         with self.admin.connect() as connection:
@@ -396,7 +397,7 @@ class Both:
                 if maker is self.plain:
                     raise
                 reason = str(error)
-                for cut in (" over several shards", ":", " is ", ","):
+                for cut in (" cannot be run", ":", " is ", ","):
                     reason = reason.split(cut)[0]
                 self.refusals[reason[:60]] += 1
                 raise Refused(str(error)) from error
@@ -408,7 +409,6 @@ class Both:
         work: Callable[[Any], Any],
         *,
         ordered: bool = False,
-        unpaired: bool = False,
     ) -> str:
         """Run *work* on both; return what came of it, or fail."""
         try:
@@ -417,6 +417,7 @@ class Both:
             try:
                 got = self.run(self.sharded, work)
             except (Failed, Refused):
+                self.errors[str(failed)[:70]] += 1
                 return "error on both"
             raise AssertionError(
                 f"plain fails, sharded gives {got!r}\n{failed}"
@@ -471,20 +472,10 @@ class Both:
         for table in Base.metadata.sorted_tables:
             kind = placement_of(table).kind.value
             if session.get_bind() is self.engine or kind == "home":
-                rows = sorted(map(repr, map(tuple, session.execute(select(table)))))
+                rows = stored(session, table)
             else:
                 per_shard = [
-                    sorted(
-                        map(
-                            repr,
-                            map(
-                                tuple,
-                                session.execute(
-                                    select(table), bind_arguments={"shard": shard}
-                                ),
-                            ),
-                        )
-                    )
+                    stored(session, table, {"shard": shard})
                     for shard in self.cluster.topology.shards
                 ]
                 if kind == "reference":
@@ -494,10 +485,14 @@ class Both:
                     rows = per_shard[0]
                 else:
                     rows = sorted(row for rows in per_shard for row in rows)
-            found[table.name] = (
-                [row for row in rows] if table.name != "pd_settings" else len(rows)
-            )
+            # Its generated values differ between the plain database and the cluster.
+            found[table.name] = len(rows) if table is Setting.__table__ else rows
         return found
+
+
+def stored(session: Any, table: Any, bind_arguments: Any = None) -> list[str]:
+    result = session.execute(select(table), bind_arguments=bind_arguments)
+    return sorted(repr(tuple(row)) for row in result)
 
 
 @pytest.fixture(scope="module")
@@ -515,11 +510,10 @@ def both(shard_servers: LocalCluster) -> Iterator[Both]:
 class Maker:
     """Makes statements from one seed."""
 
-    # Off until test_a_nullable_locator_that_is_null passes.
-    null_locators = False
-
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
+        self.simple = False  # nothing that keeps rows of several shards apart
+        self.known: list[Any] = []
 
     def pick(self, *choices: Any) -> Any:
         return self.rng.choice(choices)
@@ -529,17 +523,17 @@ class Maker:
 
     # values
 
-    def key(self, entity: Any) -> Any:
-        """Return a value to compare *entity*'s shard key with; mostly a right one."""
+    def key(self, column: Any) -> Any:
+        """Return a value to compare a shard key with; mostly of its type."""
         rng = self.rng
-        if entity_of(entity) is Tag:
-            return rng.choice([*WORDS, *WORDS, 5, None, "zz"])
-        if entity_of(entity) is Gadget:
+        if numeric(column) == "code":
             return rng.randrange(1, 9)
+        if not numeric(column):
+            return rng.choice([*WORDS * 3, "de", "fr", "zz", None])
         return rng.choice(
             [*range(1, 10)] * 3
-            + [-3, 2**40, 99, 2**62, 2**70, 5.0, 2.5, None, True]
-            + [decimal.Decimal(4), decimal.Decimal("2.5")]
+            + [-3, 2**40, 99, 2**62, 5.0, 2.5, None, decimal.Decimal(4)]
+            + rng.choice([[]] * 9 + [[2**70, True, "5", decimal.Decimal("2.5")]])
         )
 
     def small(self) -> int:
@@ -551,10 +545,7 @@ class Maker:
         """Return a FROM element with the column that pins it and another column."""
         if depth > 0 and self.chance(0.3):
             return self.nested(depth - 1)
-        entity = self.pick(
-            Customer, Customer, Order, Order, Line, Line, Tag, Party, Firm, Country,
-            Gadget,
-        )
+        entity = self.rng.choice(ENTITIES)
         if self.chance(0.5):
             entity = aliased(entity)
         return entity, key_of(entity), entity.v
@@ -569,7 +560,7 @@ class Maker:
             statement = self.join(
                 statement.select_from(inner), [(inner, key, v)], other
             )
-        shape = self.rng.random()
+        shape = 1.0 if self.simple else self.rng.random()
         if shape < 0.08:
             statement = statement.limit(1000)
         elif shape < 0.16:
@@ -596,22 +587,20 @@ class Maker:
         return made, made.c.k, made.c.v
 
     def remember(self, made: Any) -> None:
-        self.known = [*getattr(self, "known", ()), made][-2:]
+        self.known = [*self.known, made][-2:]
 
     def criterion(self, sources: list[Any], depth: int) -> Any:
         source, key, v = self.rng.choice(sources)
         r = self.rng.random()
         if r < 0.3:
-            value = self.key(source)
+            value = self.key(key)
             if self.chance(0.2):
                 return literal(value) == key if value is not None else key.is_(None)
             if self.chance(0.1) and value is not None:
                 return key == bindparam(None, value)
             return key == value
         if r < 0.4:
-            values = [self.key(source) for _ in range(self.rng.randrange(4))]
-            if entity_of(source) is Tag:
-                values = [w for w in values if isinstance(w, str)]
+            values = [self.key(key) for _ in range(self.rng.randrange(4))]
             return key.in_(values) if self.chance(0.8) else key.not_in(values)
         if r < 0.45:
             return or_(self.criterion(sources, 0), self.criterion(sources, 0))
@@ -629,13 +618,13 @@ class Maker:
             return self.pick(
                 locator == ids[0],
                 locator.in_(ids),
-                locator.is_(None) if self.null_locators else locator != ids[0],
+                locator.is_(None),
             )
         if r < 0.68 and len(sources) > 1:
             (_, k1, _), (_, k2, _) = self.rng.sample(sources, 2)
             if numeric(k1) == numeric(k2):
                 return k1 == k2
-        if r < 0.8 and depth > 0:
+        if r < (0.7 if self.simple else 0.8) and depth > 0:
             return self.subcriterion(sources, depth - 1)
         if r < 0.84:
             return func.coalesce(v, 0) + 1 == self.small()
@@ -644,7 +633,7 @@ class Maker:
         return self.pick(v == self.small(), v > self.small(), v.in_([1, 2, None]))
 
     def subcriterion(self, sources: list[Any], depth: int) -> Any:
-        outer, okey, ov = self.rng.choice(sources)
+        _, okey, ov = self.rng.choice(sources)
         inner, key, v = self.source(depth)
         criteria = [self.criterion([(inner, key, v)], depth)] * self.chance(0.5)
         if self.chance(0.7) and numeric(okey) == numeric(key):
@@ -671,7 +660,7 @@ class Maker:
         element, key, v = new
         _, okey, ov = self.rng.choice(sources)
         r = self.rng.random()
-        if r < 0.65 and numeric(okey) == numeric(key):
+        if r < (0.9 if self.simple else 0.65) and numeric(okey) == numeric(key):
             on: Any = okey == key if self.chance(0.5) else key == okey
         elif r < 0.8:
             on = ov == v
@@ -686,7 +675,7 @@ class Maker:
             return statement.join(element, on)
         if r < 0.85:
             return statement.outerjoin(element, on)
-        if r < 0.93:
+        if r < 0.93 and not self.simple:
             return statement.join(element, on, full=True)
         return statement.add_columns(key.label(f"x{self.rng.random()}")).where(on)
 
@@ -694,6 +683,7 @@ class Maker:
         """Return a SELECT, and whether its order is total."""
         rng = self.rng
         self.known: list[Any] = []
+        self.simple = self.chance(0.5)
         sources = [self.source(2)]
         statement = select().select_from(sources[0][0])
         for _ in range(rng.choice([0, 0, 1, 1, 2, 3])):
@@ -704,8 +694,8 @@ class Maker:
             statement = self.join(statement, sources, new)
             sources.append(new)
         if self.chance(0.15):
-            outer, okey, ov = rng.choice(sources)
-            inner, key, v = self.source(0)
+            outer, okey, _ = rng.choice(sources)
+            _, key, v = self.source(0)
             if numeric(okey) == numeric(key):
                 side = (
                     select(key.label("k"), v.label("v"))
@@ -720,19 +710,19 @@ class Maker:
                 )
                 sources.append((side, side.c.k, side.c.v))
         pinned = rng.random()
-        if pinned < 0.5:
-            first = self.key(sources[0][0])
-            for source, key, _ in sources:
-                value = first if self.chance(0.8) else self.key(source)
-                if isinstance(value, str) == (not numeric(key)) and self.chance(0.9):
-                    with contextlib.suppress(sa.exc.ArgumentError):
-                        statement = statement.where(key == value)
+        if pinned < 0.6:
+            first = self.key(sources[0][1])
+            for _, key, _ in sources:
+                alike = numeric(key) == numeric(sources[0][1])
+                value = first if alike and self.chance(0.8) else self.key(key)
+                if self.chance(0.9):
+                    statement = statement.where(key == value)
         for _ in range(rng.choice([0, 1, 1, 2])):
             statement = statement.where(self.criterion(sources, 2))
         columns = [c for _, key, v in sources for c in (key, v)]
-        r = rng.random()
+        r = 0.52 + rng.random() / 2 if self.simple else rng.random()
         if r < 0.12:
-            source, key, v = rng.choice(sources)
+            _, _, v = rng.choice(sources)
             return statement.add_columns(
                 func.count(), func.sum(v), func.max(func.coalesce(v, -1))
             ), True
@@ -771,7 +761,7 @@ class Maker:
             two = select(key, v).select_from(other)
             if self.chance(0.6):
                 with contextlib.suppress(sa.exc.ArgumentError):
-                    two = two.where(key == self.key(other))
+                    two = two.where(key == self.key(key))
             if len(one.selected_columns) == 2 and numeric(key) == numeric(columns[0]):
                 return rng.choice([union, union_all])(one, two), False
         return statement.add_columns(*columns), False
@@ -814,7 +804,7 @@ class Maker:
         k, v = key_of(entity), entity.v
         sources = [(entity, k, v)]
         if self.chance(0.5):
-            statement = statement.where(k == self.key(entity))
+            statement = statement.where(k == self.key(k))
         for _ in range(rng.choice([0, 1, 1])):
             statement = statement.where(self.criterion(sources, 1))
         if entity is Customer and self.chance(0.3):
@@ -834,7 +824,7 @@ class Maker:
                     Order.customer.has(Customer.id == self.small()),
                     Order.lines.any(Line.v == 3),
                     Order.parent.has(),
-                    Order.parent == None if self.null_locators else true(),  # noqa: E711
+                    Order.parent == None,  # noqa: E711
                 )
             )
         if self.chance(0.15):
@@ -844,7 +834,9 @@ class Maker:
                     self.pick(
                         Order.customer_id == self.small(),
                         Order.v != self.small(),
-                        Order.customer_id.in_(select(Customer.id).where(Customer.v > 2)),
+                        Order.customer_id.in_(
+                            select(Customer.id).where(Customer.v > 2)
+                        ),
                     ),
                     include_aliases=True,
                 )
@@ -866,7 +858,7 @@ class Maker:
         sources = [(entity, k, v)]
         criteria = [self.criterion(sources, 1) for _ in range(rng.choice([0, 1, 1]))]
         if self.chance(0.8):
-            criteria.append(k == self.key(entity))
+            criteria.append(k == self.key(k))
         if self.chance(0.3):
             other = self.source(0)
             if numeric(other[1]) == numeric(k):
@@ -876,17 +868,21 @@ class Maker:
         target = entity if self.chance(0.5) else table
         if entity in (Line, Tag, Gadget) and self.chance(0.4):
             return delete(target).where(*criteria)
-        inner, ik, iv = self.source(1)
+        _, ik, iv = self.source(1)
         value: Any = self.pick(
-            7, v + 1, func.coalesce(v, 0) + 2,
+            7,
+            v + 1,
+            func.coalesce(v, 0) + 2,
             select(func.max(iv)).where(ik == k).scalar_subquery()
-            if numeric(ik) == numeric(k) else 8,
+            if numeric(ik) == numeric(k)
+            else 8,
             select(func.count(iv)).scalar_subquery(),
         )
         statement = update(target).where(*criteria).values(v=value)
         return statement.returning(v) if self.chance(0.3) else statement
 
 
+ENTITIES = [Customer, Order, Line] * 3 + [Tag, Party, Firm, Country, Gadget]
 NUMERIC = (Customer, Order, Line, Party, Firm)
 
 
@@ -899,7 +895,10 @@ def entity_of(source: Any) -> Any:
 
 def key_of(entity: Any) -> Any:
     name = {
-        Order: "customer_id", Line: "customer_id", Tag: "tag", Country: "code",
+        Order: "customer_id",
+        Line: "customer_id",
+        Tag: "tag",
+        Country: "code",
         Gadget: "code",
     }.get(entity_of(entity), "id")
     return getattr(entity, name)
@@ -940,7 +939,9 @@ def search(both: Both, seed: int, count: int) -> list[str]:
         except (sa.exc.ArgumentError, sa.exc.CompileError, NotImplementedError):
             outcome = "not made"
         except Failed as error:
-            wrong.append(f"seed {seed} #{number}\n{statement}\nonly sharded: {error}"[:3000])
+            wrong.append(
+                f"seed {seed} #{number}\n{statement}\nonly sharded: {error}"[:3000]
+            )
             outcome = "WRONG"
         except Exception as error:
             wrong.append(f"seed {seed} #{number}\n{statement}\n{error!r}"[:3000])
@@ -954,8 +955,9 @@ def report(both: Both) -> str:
     lines = [f"{total} statements: {dict(both.outcomes)}"]
     lines += [
         f"  {n:5} {n / total:5.1%} refused: {why}"
-        for why, n in both.refusals.most_common(12)
+        for why, n in both.refusals.most_common(16)
     ]
+    lines += [f"  {n:5} error: {why}" for why, n in both.errors.most_common(6)]
     return "\n".join(lines)
 
 
@@ -976,12 +978,8 @@ def main(first: int, last: int) -> None:
 KEYS = [row["id"] for row in ROWS[Customer]]
 
 
-def fault(reason: str) -> Any:
-    """Mark a wrong answer that is known and not yet mended."""
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-
-
-@fault("unique() on a merged result tells entities apart by id() after they are freed")
+# Once wrong: unique() on a merged result tells entities apart by id() after they are
+# freed.
 def test_iterating_a_unique_result(both: Both) -> None:
     def work(session: Any) -> Any:
         found: list[Any] = []
@@ -994,7 +992,7 @@ def test_iterating_a_unique_result(both: Both) -> None:
     both.compare(work)
 
 
-@fault("IS NULL on a nullable locator column is taken to be true of no row")
+# Once wrong: IS NULL on a nullable locator column is taken to be true of no row.
 def test_a_nullable_locator_that_is_null(both: Both) -> None:
     both.check(select(Order.id, Order.v).where(Order.parent_id.is_(None)))
     for key in KEYS:
@@ -1003,7 +1001,7 @@ def test_a_nullable_locator_that_is_null(both: Both) -> None:
         )
 
 
-@fault("a left join on both makes two elements colocated that are not joined")
+# Once wrong: a left join on both makes two elements colocated that are not joined.
 def test_a_cross_join_with_a_left_join_on_both(both: Both) -> None:
     on = and_(Line.customer_id == Customer.id, Line.customer_id == Party.id)
     both.check(
@@ -1014,7 +1012,7 @@ def test_a_cross_join_with_a_left_join_on_both(both: Both) -> None:
     )
 
 
-@fault("the same, by a lateral subquery")
+# Once wrong: the same, by a lateral subquery.
 def test_a_cross_join_with_a_lateral_on_both(both: Both) -> None:
     side = (
         select(Line.no)
@@ -1029,7 +1027,7 @@ def test_a_cross_join_with_a_lateral_on_both(both: Both) -> None:
     )
 
 
-@fault("the same, by NOT EXISTS over a FROM-subquery")
+# Once wrong: the same, by NOT EXISTS over a FROM-subquery.
 def test_a_cross_join_with_not_exists_on_both(both: Both) -> None:
     y = select(Line.customer_id).subquery()
     both.check(
@@ -1039,7 +1037,7 @@ def test_a_cross_join_with_not_exists_on_both(both: Both) -> None:
     )
 
 
-@fault("a criterion on one reference to a CTE is taken to restrict the others")
+# Once wrong: a criterion on one reference to a CTE is taken to restrict the others.
 def test_a_cte_referenced_twice_and_pinned_once(both: Both) -> None:
     x = select(Customer.id, Customer.v).cte()
     x1, x2 = x.alias(), x.alias()
@@ -1047,14 +1045,15 @@ def test_a_cte_referenced_twice_and_pinned_once(both: Both) -> None:
         both.check(select(x1.c.id, x2.c.id).where(x1.c.id == key))
 
 
-@fault("two references to a CTE are one element, so their join is not looked at")
+# Once wrong: two references to a CTE are one element, so their join is not looked at.
 def test_a_cte_joined_with_itself_on_no_key(both: Both) -> None:
     x = select(Customer.id, Customer.v).cte()
     x1, x2 = x.alias(), x.alias()
     both.check(select(x1.c.id, x2.c.id).where(x1.c.v == x2.c.v))
 
 
-@fault("a second, uncorrelated reference to a CTE in a subquery is not looked at")
+# Once wrong: a second, uncorrelated reference to a CTE in a subquery is not looked
+# at.
 def test_a_cte_in_two_subqueries(both: Both) -> None:
     cte = select(Line.customer_id, Line.v, Line.no).cte()
     for no in range(4):
@@ -1066,7 +1065,8 @@ def test_a_cte_in_two_subqueries(both: Both) -> None:
         )
 
 
-@fault("a SELECT without a sharded table of its own is not checked to be row-wise")
+# Once wrong: a SELECT without a sharded table of its own is not checked to be row-
+# wise.
 @pytest.mark.parametrize("shape", ["count", "limit", "distinct", "group", "window"])
 def test_a_subquery_of_a_subquery(both: Both, shape: str) -> None:
     y = select(Order.v, Order.status).subquery()
@@ -1080,7 +1080,8 @@ def test_a_subquery_of_a_subquery(both: Both, shape: str) -> None:
     both.check(select(z.subquery().c.c))
 
 
-@fault("IS NULL is pushed through a level at which an outer join blanks the column")
+# Once wrong: IS NULL is pushed through a level at which an outer join blanks the
+# column.
 def test_is_null_three_levels_up(both: Both) -> None:
     for key in KEYS:
         i = select(Customer.id, Customer.country_code).subquery()
@@ -1093,13 +1094,15 @@ def test_is_null_three_levels_up(both: Both) -> None:
         both.check(select(m.c.code, m.c.id).where(m.c.id.is_(None)))
 
 
-@fault("parameters given as a list are not read, so the key is NULL")
+# Once wrong: parameters given as a list are not read, so the key is NULL.
 def test_parameters_in_a_list(both: Both) -> None:
     for key in KEYS:
-        both.check(select(Customer.id).where(Customer.id == bindparam("x")), [{"x": key}])
+        both.check(
+            select(Customer.id).where(Customer.id == bindparam("x")), [{"x": key}]
+        )
 
 
-@fault("executemany of an UPDATE goes to a shard at hand")
+# Once wrong: executemany of an UPDATE goes to a shard at hand.
 def test_update_of_many_parameter_sets(both: Both) -> None:
     table = Customer.__table__
     both.check_write(
@@ -1108,7 +1111,7 @@ def test_update_of_many_parameter_sets(both: Both) -> None:
     )
 
 
-@fault("executemany of a DELETE goes to a shard at hand")
+# Once wrong: executemany of a DELETE goes to a shard at hand.
 def test_delete_of_many_parameter_sets(both: Both) -> None:
     table = Tag.__table__
     both.check_write(
@@ -1116,41 +1119,33 @@ def test_delete_of_many_parameter_sets(both: Both) -> None:
     )
 
 
-@pytest.mark.xfail(
-    sa.__version__ >= "2.1",
-    strict=True,
-    raises=AssertionError,
-    reason="SQLAlchemy 2.1 keeps what params() was given beside the statement",
-)
 def test_params_of_a_statement(both: Both) -> None:
     statement = select(Customer.id).where(Customer.id == bindparam("x"))
     for key in KEYS:
         both.check(statement.params(x=key))
 
 
-@fault("a parameter given by the name that the compiler made is not read")
+# Once wrong: a parameter given by the name that the compiler made is not read.
 def test_a_parameter_given_by_its_compiled_name(both: Both) -> None:
     for key in KEYS:
         both.check(select(Customer.id).where(Customer.id == 5), {"id_1": key})
 
 
-@fault("a table that no Element is made for counts as a reference table")
+# Once wrong: a table that no Element is made for counts as a reference table.
 def test_tablesample(both: Both) -> None:
     both.check(select(tablesample(Customer.__table__, 100)))
 
 
-@fault("a table() or a Table without its annotation is read on the home shard")
+# Once wrong: a table() or a Table without its annotation is read on the home shard.
 def test_a_sharded_table_by_another_object(both: Both) -> None:
     both.check(select(sa.table("pd_customers", sa.column("id"))))
 
 
-@fault("the same with a Table of another MetaData")
 def test_a_sharded_table_of_another_metadata(both: Both) -> None:
     other = sa.Table("pd_customers", sa.MetaData(), sa.Column("id", BigInteger))
     both.check(select(other))
 
 
-@fault("the same when written to")
 def test_write_to_a_sharded_table_of_another_metadata(both: Both) -> None:
     other = sa.Table(
         "pd_tags", sa.MetaData(), sa.Column("tag", String), sa.Column("v", Integer)
@@ -1158,7 +1153,8 @@ def test_write_to_a_sharded_table_of_another_metadata(both: Both) -> None:
     both.check_write(update(other).values(v=3))
 
 
-@fault("a statement over home tables is not compiled: what the ORM adds is not seen")
+# Once wrong: a statement over home tables is not compiled: what the ORM adds is not
+# seen.
 @pytest.mark.parametrize("added", ["joinedload", "criteria", "column_property"])
 def test_sharded_tables_that_the_orm_adds_to_a_home_table(
     both: Both, added: str
@@ -1174,17 +1170,17 @@ def test_sharded_tables_that_the_orm_adds_to_a_home_table(
     both.check(statement)
 
 
-@fault("an alias in UPDATE … FROM is no element")
+# Once wrong: an alias in UPDATE … FROM is no element.
 def test_update_from_an_alias_of_the_table(both: Both) -> None:
     other = aliased(Customer)
-    for here, there in zip(KEYS, KEYS[1:], strict=False):
+    for here, there in itertools.pairwise(KEYS):
         both.check_write(
             update(Customer).where(Customer.id == here, other.id == there).values(v=9),
             options={"synchronize_session": False},
         )
 
 
-@fault("an alias in DELETE … USING is no element")
+# Once wrong: an alias in DELETE … USING is no element.
 def test_delete_using_an_alias_of_the_table(both: Both) -> None:
     other = aliased(Tag)
     for word in WORDS:
@@ -1194,7 +1190,7 @@ def test_delete_using_an_alias_of_the_table(both: Both) -> None:
         )
 
 
-@fault("a FROM table of an UPDATE that a subquery also reads is no element")
+# Once wrong: a FROM table of an UPDATE that a subquery also reads is no element.
 def test_update_from_a_table_that_a_subquery_reads(both: Both) -> None:
     for key in KEYS:
         mine = select(Order.customer_id).where(Order.customer_id == key).correlate(None)
@@ -1206,25 +1202,25 @@ def test_update_from_a_table_that_a_subquery_reads(both: Both) -> None:
         )
 
 
-@fault("a DELETE in a CTE runs on one shard")
+# Once wrong: a DELETE in a CTE runs on one shard.
 def test_delete_in_a_cte(both: Both) -> None:
     removed = delete(Line).where(Line.v == 3).returning(Line.no).cte()
     both.check_write(select(removed.c.no))
 
 
-@fault("an UPDATE of a reference table in a CTE changes one copy")
+# Once wrong: an UPDATE of a reference table in a CTE changes one copy.
 def test_update_of_a_reference_table_in_a_cte(both: Both) -> None:
     changed = update(Country).values(v=8).returning(Country.code).cte()
     both.check_write(select(changed.c.code))
 
 
-@fault("a DELETE in a CTE beside a pinned SELECT runs on one shard")
+# Once wrong: a DELETE in a CTE beside a pinned SELECT runs on one shard.
 def test_delete_in_a_cte_beside_a_select(both: Both) -> None:
     removed = delete(Line).returning(Line.no).cte()
     both.check_write(select(Customer.id).where(Customer.id == 5).add_cte(removed))
 
 
-@fault("text in a WHERE is not parenthesised, so an OR in it undoes the pin")
+# Once wrong: text in a WHERE is not parenthesised, so an OR in it undoes the pin.
 @pytest.mark.parametrize("kind", [text, literal_column])
 def test_text_with_or_beside_a_pin(both: Both, kind: Any) -> None:
     for key in KEYS:
@@ -1233,7 +1229,7 @@ def test_text_with_or_beside_a_pin(both: Both, kind: Any) -> None:
         )
 
 
-@fault("the same in a DELETE")
+# Once wrong: the same in a DELETE.
 def test_text_with_or_in_a_delete(both: Both) -> None:
     for word in WORDS:
         both.check_write(
@@ -1242,12 +1238,12 @@ def test_text_with_or_in_a_delete(both: Both) -> None:
         )
 
 
-@fault("a comment in text hides the pin")
+# Once wrong: a comment in text hides the pin.
 def test_text_with_a_comment(both: Both) -> None:
     both.check(select(Customer.id).where(text("true --"), Customer.id == 5))
 
 
-@fault("a suffix or a hint may say anything")
+# Once wrong: a suffix or a hint may say anything.
 @pytest.mark.parametrize("method", ["suffix_with", "with_statement_hint"])
 def test_a_suffix_beside_a_pin(both: Both, method: str) -> None:
     for key in KEYS:
@@ -1255,7 +1251,8 @@ def test_a_suffix_beside_a_pin(both: Both, method: str) -> None:
         both.check(getattr(statement, method)("OR v > 0"))
 
 
-@fault("subqueries in VALUES, ON CONFLICT and RETURNING of an INSERT are not seen")
+# Once wrong: subqueries in VALUES, ON CONFLICT and RETURNING of an INSERT are not
+# seen.
 @pytest.mark.parametrize("place", ["home", "sharded", "text", "conflict", "returning"])
 def test_a_subquery_in_an_insert(both: Both, place: str) -> None:
     count: Any = select(func.count(Customer.id)).scalar_subquery()
@@ -1274,7 +1271,7 @@ def test_a_subquery_in_an_insert(both: Both, place: str) -> None:
     both.check_write(statement)
 
 
-@fault("a subquery over sharded rows in an INSERT into a reference table")
+# Once wrong: a subquery over sharded rows in an INSERT into a reference table.
 def test_a_subquery_in_an_insert_into_a_reference_table(both: Both) -> None:
     v = select(Customer.v).where(Customer.id == 1).scalar_subquery()
     both.check_write(insert(Country).values(code="zz", name="q", v=v))
@@ -1284,7 +1281,7 @@ def random_int() -> Any:
     return literal_column("(random() * 1000000)::int")
 
 
-@fault("writes to a reference table that each copy evaluates for itself")
+# Once wrong: writes to a reference table that each copy evaluates for itself.
 @pytest.mark.parametrize("kind", ["literal", "onupdate", "conflict"])
 def test_copies_of_a_reference_table_stay_equal(both: Both, kind: str) -> None:
     conflict = pg.insert(Country).values(code="de", name="q", v=1)
@@ -1303,7 +1300,7 @@ def test_copies_of_a_reference_table_stay_equal(both: Both, kind: str) -> None:
     both.compare(work)
 
 
-@fault("shard= and shard_key= send a write of a reference table to one copy")
+# Once wrong: shard= and shard_key= send a write of a reference table to one copy.
 @pytest.mark.parametrize("option", [{"shard": "s2"}, {"shard_key": 1}])
 def test_a_named_shard_for_a_reference_table(both: Both, option: Any) -> None:
     both.check_write(
@@ -1311,7 +1308,7 @@ def test_a_named_shard_for_a_reference_table(both: Both, option: Any) -> None:
     )
 
 
-@fault("only create_all() guards reference tables against textual SQL")
+# Once wrong: only create_all() guards reference tables against textual SQL.
 def test_text_on_a_reference_table_in_another_process(
     both: Both, shard_servers: LocalCluster
 ) -> None:
@@ -1321,7 +1318,8 @@ def test_text_on_a_reference_table_in_another_process(
         both.everything(session)
 
 
-@fault("shard_key= hashes a locator, or a converted key, as what Python calls it")
+# Once wrong: shard_key= hashes a locator, or a converted key, as what Python calls
+# it.
 @pytest.mark.parametrize("entity", [Order, Gadget])
 def test_shard_key_that_is_no_plain_key(both: Both, entity: Any) -> None:
     for row in ROWS[entity]:
@@ -1333,7 +1331,7 @@ def test_shard_key_that_is_no_plain_key(both: Both, entity: Any) -> None:
         )
 
 
-@fault("an expression that SQLAlchemy's user compiles may be an aggregate")
+# Once wrong: an expression that SQLAlchemy's user compiles may be an aggregate.
 def test_a_compiled_element_of_the_application(both: Both) -> None:
     both.check(select(CountAll()).select_from(Customer))
 
@@ -1348,7 +1346,7 @@ def _count_all(element: Any, compiler: Any, **kw: Any) -> str:
     return "count(*)"
 
 
-@fault("a lazy load over several shards is not in the relationship's order")
+# Once wrong: a lazy load over several shards is not in the relationship's order.
 def test_a_lazy_load_with_an_order(both: Both) -> None:
     def work(session: Any) -> Any:
         return [
@@ -1364,7 +1362,7 @@ def test_a_lazy_load_with_an_order(both: Both) -> None:
     both.compare(work, ordered=True)
 
 
-@fault("DDL is run on the home shard, whatever it reads")
+# Once wrong: DDL is run on the home shard, whatever it reads.
 @pytest.mark.parametrize(
     "kind", ["ddl", *(["into"] if hasattr(sa.Select, "into") else [])]
 )
@@ -1382,7 +1380,8 @@ def test_ddl_that_reads_a_sharded_table(both: Both, kind: str) -> None:
     both.compare(work)
 
 
-@fault("FOR UPDATE on a reference table locks the copy at hand, not the home shard's")
+# Once wrong: FOR UPDATE on a reference table locks the copy at hand, not the home
+# shard's.
 def test_for_update_of_a_reference_table(both: Both) -> None:
     with both.sharded() as one, both.sharded() as two:
         locking = select(Country).where(Country.code == "de")
@@ -1393,13 +1392,11 @@ def test_for_update_of_a_reference_table(both: Both) -> None:
         one.execute(select(Customer).where(Customer.id == first)).all()
         two.execute(select(Customer).where(Customer.id == second)).all()
         one.execute(locking.with_for_update()).all()
-        with pytest.raises(sa.exc.OperationalError) as caught:
-            try:
-                two.execute(locking.with_for_update(nowait=True)).all()
-            except sa.exc.OperationalError:
-                raise
-            raise AssertionError("both sessions have locked the row")
-        assert "lock" in str(caught.value)
+        try:
+            two.execute(locking.with_for_update(nowait=True)).all()
+        except sa.exc.OperationalError:
+            return
+        raise AssertionError("both sessions have locked the row")
 
 
 class OddBase(DeclarativeBase):
@@ -1432,7 +1429,7 @@ def make(both: Both, entity: Any, keys: list[Any]) -> None:
             session.commit()
 
 
-@fault("a variant of the key's type for PostgreSQL is not looked at")
+# Once wrong: a variant of the key's type for PostgreSQL is not looked at.
 def test_a_key_whose_type_has_a_variant(both: Both) -> None:
     words = ["a", "b", "c", "d"]
     with contextlib.suppress(ShardAlchemyError):
@@ -1441,17 +1438,13 @@ def test_a_key_whose_type_has_a_variant(both: Both) -> None:
             both.check(select(func.max(Blank.k)).where(Blank.k == word + " "))
 
 
-@fault("names that are not plain words are not guarded against textual SQL")
+# Once wrong: names that are not plain words are not guarded against textual SQL.
 def test_text_that_names_a_quoted_table(both: Both) -> None:
     make(both, Named, list(range(8)))
     both.check(text('SELECT count(*) FROM "pd größe"'))
 
 
 # -- statements that fail, though nothing speaks against them -------------------------
-
-
-def missing(reason: str) -> Any:
-    return pytest.mark.xfail(strict=True, raises=Failed, reason=reason)
 
 
 @pytest.mark.parametrize("kind", ["orm", "core", "values"])
@@ -1468,7 +1461,7 @@ class Odd(sa.TypeDecorator[int]):
     cache_ok = False
 
 
-@missing("a pending object in a statement that is not cached is not flushed first")
+# Once wrong: a pending object in a statement that is not cached is not flushed first.
 def test_a_pending_object_in_a_statement_without_a_cache_key(both: Both) -> None:
     def work(session: Any) -> Any:
         order = Order(customer_id=1, status="new", placed=datetime.date(2024, 1, 1))
@@ -1482,9 +1475,6 @@ def test_a_pending_object_in_a_statement_without_a_cache_key(both: Both) -> None
     both.compare(work)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="the alias has no info; not a clear error"
-)
 def test_update_of_an_alias(both: Both) -> None:
     with both.sharded() as session, pytest.raises(ShardAlchemyError):
         session.execute(update(Customer.__table__.alias("q")).values(v=4))
@@ -1500,12 +1490,13 @@ def test_equal_shapes_with_other_values(both: Both, listening: bool) -> None:
         both.sharded = both.cluster.sessionmaker()
         sa.event.listen(both.sharded, "do_orm_execute", lambda state: None)
     try:
-        for key in KEYS:
+        for key in KEYS[:-1]:  # an integer parameter cannot hold the last
             for statement, params in equal_shapes(key):
                 assert both.check(statement, params, unique=True) == "equal"
-            assert both.check_write(
-                update(Customer).where(Customer.id == key).values(v=3)
-            ) == "equal"
+            assert (
+                both.check_write(update(Customer).where(Customer.id == key).values(v=3))
+                == "equal"
+            )
     finally:
         both.sharded = maker
 
@@ -1517,22 +1508,35 @@ def equal_shapes(key: int) -> Iterator[tuple[Any, Any]]:
     yield named.where(Customer.v != bindparam("y", 4)), {"x": key}
     yield select(Customer.id).where(Customer.id == bindparam("x", 4)), {"x": key}
     yield select(Customer.id).where(Customer.id == bindparam("x", key)), None
-    yield select(Customer.id).where(bindparam("x", callable_=lambda: key) == Customer.id), None
+    yield (
+        select(Customer.id).where(bindparam("x", callable_=lambda: key) == Customer.id),
+        None,
+    )
     expanding = Customer.id.in_(bindparam("x", expanding=True))
     yield select(Customer.id).where(expanding), {"x": [key, None, key + 1]}
     yield select(Customer.id).where(~expanding), {"x": [key, None]}
     yield select(Customer.id).where(~expanding), {"x": [key]}
     yield lambda_stmt(lambda: select(Customer.id).where(Customer.id == key)), None
-    yield lambda_stmt(lambda: select(Customer)) + (lambda s: s.where(Customer.id == key)), None
+    yield (
+        lambda_stmt(lambda: select(Customer)) + (lambda s: s.where(Customer.id == key)),
+        None,
+    )
     both_keys = [key, key + 1]
-    yield lambda_stmt(lambda: select(Customer.id).where(Customer.id.in_(both_keys))), None
-    yield select(Customer).options(
-        with_loader_criteria(Customer, lambda c: c.id == key)
-    ), None
-    yield select(Customer).options(
-        selectinload(Customer.orders),
-        with_loader_criteria(Order, lambda c: c.customer_id == key),
-    ), None
+    yield (
+        lambda_stmt(lambda: select(Customer.id).where(Customer.id.in_(both_keys))),
+        None,
+    )
+    yield (
+        select(Customer).options(with_loader_criteria(Customer, lambda c: c.id == key)),
+        None,
+    )
+    yield (
+        select(Customer).options(
+            selectinload(Customer.orders),
+            with_loader_criteria(Order, lambda c: c.customer_id == key),
+        ),
+        None,
+    )
     yield select(func.count(Order.id)).where(Order.customer_id == key), None
 
 

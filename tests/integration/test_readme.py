@@ -29,7 +29,5 @@ def test_the_example_runs_as_written(tmp_path: Path) -> None:
         "Edsger",
         "Barbara",
     }
-    assert all(
-        line.endswith(("[7, 3]", "[3, 7]")) for line in lines[:-1]
-    )
+    assert all(line.endswith(("[7, 3]", "[3, 7]")) for line in lines[:-1])
     assert lines[-1].startswith("Route to s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def plain_blog(shard_servers: LocalCluster) -> Iterator[Installation]:
         engine,
         Session,
         lambda **options: sessionmaker(engine, **options),
-        lambda connection, **options: sessionmaker(connection, **options),
+        lambda connection, **options: nullcontext(sessionmaker(connection, **options)),
         lambda metadata: metadata.create_all(engine),
     )
     engine.dispose()
@@ -45,12 +46,12 @@ def sharded_blog(shard_servers: LocalCluster) -> Iterator[Installation]:
     with cluster.sessionmaker()() as session:
         engine = session.get_bind()
 
-    def join(connection: Connection, **options: Any) -> Any:
+    @contextmanager
+    def join(connection: Connection, **options: Any) -> Iterator[Any]:
         name, *others = urls
         shards: dict[str, Any] = {name: connection, **{o: urls[o] for o in others}}
-        joined = Cluster(shards)
-        assert joined.topology.home == name
-        return joined.sessionmaker(**options)
+        with Cluster(shards) as joined:
+            yield joined.sessionmaker(**options)
 
     yield Installation(
         "sharded",
@@ -73,10 +74,10 @@ def engine_blog(shard_servers: LocalCluster) -> Iterator[Installation]:
     cluster = Cluster({"one": engine})
     cluster.create_all(Base.metadata)
 
-    def join(connection: Connection, **options: Any) -> Any:
-        joined = Cluster({"one": connection})
-        assert joined.topology.home == "one"
-        return joined.sessionmaker(**options)
+    @contextmanager
+    def join(connection: Connection, **options: Any) -> Iterator[Any]:
+        with Cluster({"one": connection}) as joined:
+            yield joined.sessionmaker(**options)
 
     yield Installation(
         "engine",

@@ -320,10 +320,11 @@ def test_a_subclass_may_choose_binds_itself(blog: Installation, engine: Engine) 
 def test_an_outer_transaction_rolls_everything_back(
     blog: Installation, engine: Engine
 ) -> None:
-    with engine.connect() as connection:
-        outer = connection.begin()
-        Session = blog.join(connection, join_transaction_mode="create_savepoint")
-        with Session() as session:
+    with engine.connect() as connection, connection.begin() as outer:
+        with (
+            blog.join(connection, join_transaction_mode="create_savepoint") as Session,
+            Session() as session,
+        ):
             session.add(Tag(name="sql"))
             session.commit()
             session.add(Tag(name="sql"))

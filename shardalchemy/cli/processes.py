@@ -53,7 +53,7 @@ class Workers:
 
     def __enter__(self) -> Self:
         try:
-            with _interrupts_blocked():
+            with _interrupts_later():
                 for arguments in self._arguments:
                     self._start(arguments)
         except BaseException:
@@ -122,15 +122,21 @@ def _work(
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT in this thread, which the processes that it starts inherit.
+def _interrupts_later() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach, and take one that comes afterwards.
 
-    A terminal sends Ctrl-C to all of its processes, and only the parent can end in
-    order. Blocked and not ignored, so that one which comes meanwhile is not lost.
+    A terminal sends it to all of its processes, and only the parent can end in order.
+    They inherit what this thread blocks. Another thread of ours may receive it even so;
+    then it is kept, for a start that is interrupted leaves half a process behind.
     """
     resource_tracker.ensure_running()  # its start, with the first process, unblocks
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import CTE, Alias, Delete, Join, Subquery, Table, Update
+from sqlalchemy import CTE, Alias, Delete, Join, Lateral, Subquery, Table, Update
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -54,7 +54,8 @@ class Element:
         clause: Any = self.clause
         while isinstance(clause, Alias):
             clause = clause.element
-        return clause.element if isinstance(clause, CTE | Subquery) else None
+        is_select = isinstance(clause, CTE | Subquery | Lateral)
+        return clause.element if is_select else None
 
 
 @dataclass(slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -85,3 +86,22 @@ def test_an_interrupt_is_for_the_parent_alone() -> None:
     assert messages(interrupt_oneself, ()) == ["still here"]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+class Interrupted(Workers):
+    """Workers whose start Ctrl-C falls into."""
+
+    started = 0
+
+    def _start(self, arguments: tuple[Any, ...]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        super()._start(arguments)
+        self.started += 1
+
+
+def test_an_interrupt_during_the_start_waits_for_its_end() -> None:
+    workers = Interrupted(sleep, [(), ()])
+    with pytest.raises(KeyboardInterrupt):
+        workers.__enter__()
+    assert workers.started == 2
+    assert multiprocessing.active_children() == []

@@ -88,10 +88,6 @@ async def test_eager_loading_over_all_shards(
         assert [[o.number for o in c.orders] for c in customers] == [[1, 2]] * 8
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="unique() compares addresses, which objects of the next shard reuse",
-)
 async def test_iterating_a_unique_result_loses_no_row(AsyncSession: Maker) -> None:
     async with AsyncSession.begin() as session:
         session.add_all(Customer(id=n, name="A") for n in range(500))

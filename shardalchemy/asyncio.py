@@ -12,6 +12,9 @@ from shardalchemy.session import ShardedSession
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from shardalchemy.cluster import Cluster
     from shardalchemy.planner import Plan
 
 __all__ = ["AsyncShardedSession"]
@@ -21,17 +24,24 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-class _SyncShardedSession(ShardedSession):
-    """The session within an `AsyncShardedSession`; it runs under a greenlet."""
-
-    _is_async = True
-
-
 class AsyncShardedSession(AsyncSession):
     """An AsyncSession over a cluster; made by ``Cluster.async_sessionmaker()``."""
 
-    sync_session_class = _SyncShardedSession
-    sync_session: _SyncShardedSession
+    sync_session_class = ShardedSession
+    sync_session: ShardedSession
+
+    def __init__(self, bind: None = None, *, cluster: Cluster, **options: Any) -> None:
+        self._cluster = cluster
+        super().__init__(bind, cluster=cluster, is_async=True, **options)
+
+    @property
+    def bind(self) -> AsyncEngine:
+        """The home shard's engine, which is what an unannotated model is bound to."""
+        return self._cluster._shards.asynchronous(self._cluster.topology.home)
+
+    @bind.setter
+    def bind(self, value: object) -> None:
+        """Ignore what AsyncSession sets: the cluster decides."""
 
     async def run_sync(
         self,

@@ -136,6 +136,8 @@ class Cluster:
 
             def make(shard: str, connection: Connection) -> None:
                 here = [p for p in placements if _is_on(p, shard, topology)]
+                if not here:
+                    return  # no table, and none of the metadata's own events
                 metadata.create_all(connection, tables=[p.table for p in here])
                 for placement in here:
                     write_ownership(connection, placement, topology, shard)

@@ -14,9 +14,10 @@ from sqlalchemy import Delete, Insert, Table, Update
 from sqlalchemy.util import EMPTY_DICT
 
 from shardalchemy.errors import ShardKeyError, UnsupportedQueryError
+from shardalchemy.inserts import completed_insert
 from shardalchemy.planner.slots import Arguments
 from shardalchemy.ring import KEY_TYPES
-from shardalchemy.rows import generated_default, row_placement
+from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def destination(
         return Destination((shard,), analysis, params)
     slots: set[int] | None
     if isinstance(statement, Insert):
-        params, slots = _insert_slots(session, statement, analysis, params)
+        params, slots = completed_insert(session, statement, analysis, params)
     else:
         # A parameter that stands for a pending object's key needs it flushed.
         if extracted is None or any(p.callable is not None for p in extracted):
@@ -262,52 +263,3 @@ def _check_replicable(statement: Any, analysis: Analysis, params: Any) -> None:
                 f" {column.name}: each copy would be given a value of its own."
                 " Supply it, or add the objects through the session."
             )
-
-
-def _insert_slots(
-    session: ShardedSession, statement: Any, analysis: Analysis, params: Any
-) -> tuple[Any, set[int]]:
-    """Return an INSERT's parameters, completed, and the slots of its rows."""
-    table = analysis.table
-    assert table is not None
-    placement = placement_of(table)
-    column, pin = placement.column, placement.pin
-    assert column is not None
-    assert pin is not None
-    many = isinstance(params, list | tuple)
-    subject = statement._propagate_attrs.get("plugin_subject")
-    name = column.key
-    if subject is not None and many:  # the ORM's bulk INSERT takes attribute names
-        name = subject.mapper.get_property_by_column(column).key
-    rows = [dict(p) for p in params] if many else [dict(params or {})]
-    slots = set()
-    if statement._multi_values:
-        fixed = [
-            {getattr(c, "key", c): value for c, value in values.items()}
-            for group in statement._multi_values
-            for values in group
-        ]
-        keys = [values.get(column.key) for values in fixed]
-    else:
-        values = {getattr(c, "key", c): v for c, v in (statement._values or {}).items()}
-        keys = []
-        for row in rows:
-            key = row.get(name, values.get(column.key))
-            if key is None:
-                key = generated_default(column)
-                if key is None and column is table.autoincrement_column:
-                    key = session._next_value(column)
-                row[name] = key
-            keys.append(key)
-    for key in keys:
-        value = getattr(key, "effective_value", key)
-        slot = None if value is None else pin.slot(value)
-        if slot is None:
-            raise ShardKeyError(
-                f"INSERT into {table}: the shard key {column.name} is {value!r}; it"
-                f" must be {pin.accepts}."
-            )
-        slots.add(slot)
-    if many:
-        return rows, slots
-    return (rows[0] or params), slots

@@ -48,7 +48,7 @@ class RowPlacement:
     identity_index: int = 0
     identity_pin: Pin | None = None
     locators: tuple[str, ...] = ()
-    pinned: tuple[str, ...] = ()
+    pinned: tuple[tuple[str, Pin], ...] = ()
     counted: tuple[tuple[str, Column[Any]], ...] = ()
 
     def stored_slot(self, state: InstanceState[Any]) -> int:
@@ -59,20 +59,22 @@ class RowPlacement:
         """
         assert self.identity_pin is not None
         assert state.key is not None
+        slot = self.identity_pin.slot(state.key[1][self.identity_index])
+        assert slot is not None
         if state.committed_state:
-            for attribute in self.pinned:
+            for attribute, pin in self.pinned:
                 before = state.committed_state.get(attribute, _NO_VALUE)
                 if before is _NO_VALUE:
                     continue
                 after = state.dict.get(attribute, before)
-                if after != before and not _is_marker(before):
+                # What was not loaded before it was set can be told by its slot alone.
+                kept = pin.slot(after) == slot if _is_marker(before) else False
+                if after is not before and after != before and not kept:
                     raise ShardKeyError(
-                        f"{self.name}.{attribute} was changed from {before!r} to"
-                        f" {after!r}: it says on which shard the row lives. Delete the"
-                        " object and add a new one with that value."
+                        f"{self.name}.{attribute} was changed to {after!r}: it says on"
+                        " which shard the row lives. Delete the object and add a new"
+                        " one with that value."
                     )
-        slot = self.identity_pin.slot(state.key[1][self.identity_index])
-        assert slot is not None
         return slot
 
     def new_slot(
@@ -187,6 +189,6 @@ def _resolve(mapper: Mapper[Any]) -> RowPlacement:
             for column in table.c
             if isinstance(column.info.get("shardalchemy"), Locator)
         ),
-        tuple(attribute(table.c[key]) for key in placement.pins),
+        tuple((attribute(table.c[key]), pin) for key, pin in placement.pins.items()),
         () if counted is None else ((attribute(counted), counted),),
     )

@@ -149,8 +149,8 @@ class Placement:
 _placements: WeakKeyDictionary[Table, Placement] = WeakKeyDictionary()
 
 
-def placement_of(table: Table) -> Placement:
-    """Return where *table*'s rows live.
+def placement_of(table: Table, resolving: frozenset[Table] = frozenset()) -> Placement:
+    """Return where *table*'s rows live; *resolving* are those being found out.
 
     An unannotated table whose whole primary key is a foreign key to the whole primary
     key of a sharded table, as joined inheritance makes it, lives beside that table;
@@ -159,14 +159,17 @@ def placement_of(table: Table) -> Placement:
     """
     found = _placements.get(table)
     if found is None:
-        found = _placements[table] = _resolve(table)
+        if table in resolving:  # foreign keys in a circle lead to no parent
+            return Placement(table, Kind.HOME)
+        found = _placements[table] = _resolve(table, resolving | {table})
     return found
 
 
-def _resolve(table: Table) -> Placement:
+def _resolve(table: Table, resolving: frozenset[Table]) -> Placement:
     mark = table.info.get(_INFO_KEY)
     if mark is None:
-        return _beside_its_parent(table) or Placement(table, Kind.HOME)
+        beside = _beside_its_parent(table, resolving)
+        return beside or Placement(table, Kind.HOME)
     if isinstance(mark, _ReferenceTable):
         return Placement(table, Kind.REFERENCE)
     if not isinstance(mark, _ShardedBy):
@@ -182,13 +185,12 @@ def _resolve(table: Table) -> Placement:
             f"{table} is sharded_by({mark.column!r}), but has no such column; it has"
             f" {', '.join(c.key for c in table.c)}."
         )
-    pin = _key_pin(table, column)
-    return Placement(
-        table, Kind.SHARDED, column, pin, {column.key: pin, **_locators(table)}
-    )
+    locators = _locators(table, resolving)
+    pin = locators.get(column.key) or _key_pin(table, column)
+    return Placement(table, Kind.SHARDED, column, pin, {column.key: pin, **locators})
 
 
-def _beside_its_parent(table: Table) -> Placement | None:
+def _beside_its_parent(table: Table, resolving: frozenset[Table]) -> Placement | None:
     """Return the placement of a joined-inheritance child, from its parent's."""
     primary_key = set(table.primary_key.columns)
     for constraint in table.foreign_key_constraints:
@@ -201,16 +203,16 @@ def _beside_its_parent(table: Table) -> Placement | None:
                 break  # a table of another MetaData, or one not yet declared
             if target.table is table or not target.primary_key:
                 break
-            parent = placement_of(target.table)
+            parent = placement_of(target.table, resolving)
             pin = parent.pins.get(target.key)
             if pin is not None:
                 column = element.parent
-                pins = {column.key: pin, **_locators(table)}
+                pins = {column.key: pin, **_locators(table, resolving)}
                 return Placement(table, Kind.SHARDED, column, pin, pins)
     return None
 
 
-def _locators(table: Table) -> dict[str, Pin]:
+def _locators(table: Table, resolving: frozenset[Table]) -> dict[str, Pin]:
     """Return the locator columns of *table*, and foreign keys to locators of others."""
     found = {}
     for column in table.c:
@@ -225,9 +227,8 @@ def _locators(table: Table) -> dict[str, Pin]:
             if target.table is table:
                 is_locator = isinstance(target.info.get(_INFO_KEY), Locator)
             else:
-                is_locator = (
-                    placement_of(target.table).pins.get(target.key) is LOCATOR_PIN
-                )
+                pins = placement_of(target.table, resolving).pins
+                is_locator = pins.get(target.key) is LOCATOR_PIN
             if is_locator:
                 found[column.key] = LOCATOR_PIN
     return found

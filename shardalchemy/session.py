@@ -11,6 +11,7 @@ Statements over unannotated tables take SQLAlchemy's own path on the home shard.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Table, inspect
@@ -32,7 +33,7 @@ from shardalchemy.schema import Kind, placement_of
 from shardalchemy.transaction import ShardedTransaction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sqlalchemy import Column
     from sqlalchemy.orm import ORMExecuteState
@@ -63,6 +64,7 @@ class ShardedSession(Session):
         *,
         cluster: Cluster,
         ack: Ack | None = None,
+        is_async: bool = False,
         **options: Any,
     ) -> None:
         if bind is not None:
@@ -80,7 +82,8 @@ class ShardedSession(Session):
                 f"ack is {ack!r}; it is 'committed' or 'prepared'."
             )
         self._cluster = cluster
-        self._engines = cluster._engines_for(self._is_async)
+        self._is_async = is_async
+        self._engines = cluster._engines_for(is_async)
         self._names = self._engines.names
         self._ack: Ack = ack or cluster.ack
         self._routed: str | None = None
@@ -89,8 +92,6 @@ class ShardedSession(Session):
         self._unfinished: dict[str, Any] = {}
         self._turns: list[Any] = []
         super().__init__(**options)
-
-    _is_async = False
 
     @property
     def bind(self) -> Engine | Connection:
@@ -171,7 +172,7 @@ class ShardedSession(Session):
         if shard is not None:
             return self._engines.of(shard)
         if bind is None and mapper is not None:
-            entity = inspect(mapper)
+            entity = inspect(mapper, raiseerr=False)
             table = getattr(getattr(entity, "mapper", entity), "local_table", None)
             if isinstance(table, Table):
                 kind = placement_of(table).kind
@@ -198,6 +199,18 @@ class ShardedSession(Session):
         _add_event: Any = None,
         _scalar_result: bool = False,
     ) -> Any:
+        if self.connection_callable is not None:
+            # A listener's statement within a flush is no row of that flush.
+            with self._outside_of_flush():
+                return self._execute_internal(
+                    statement,
+                    params,
+                    execution_options=execution_options,
+                    bind_arguments=bind_arguments,
+                    _parent_execute_state=_parent_execute_state,
+                    _add_event=_add_event,
+                    _scalar_result=_scalar_result,
+                )
         decided = bind_arguments and (
             "shard" in bind_arguments or "bind" in bind_arguments
         )
@@ -242,7 +255,9 @@ class ShardedSession(Session):
 
         if len(shards) == 1:
             return self._run_routed(run, shards[0], analysis)
-        result = self._run_on_all(run, shards, analysis, execution_options)
+        own = getattr(statement, "_execution_options", EMPTY_DICT)
+        options = {**own, **execution_options}
+        result = self._run_on_all(run, shards, analysis, options)
         return result.scalar() if _scalar_result else result
 
     def _run_routed(
@@ -279,7 +294,11 @@ class ShardedSession(Session):
         }
         with self.no_autoflush:
             results = list(fanout(lambda shard, _: run(shard), connections).values())
-        if options.get("yield_per") or (load is not None and load._yield_per):
+        if (
+            options.get("yield_per")
+            or options.get("stream_results")
+            or (load is not None and load._yield_per)
+        ):
             return results[0].merge(*results[1:])
         return _concatenated(results)
 
@@ -302,6 +321,19 @@ class ShardedSession(Session):
             self.connection_callable = None
             self._flush_connections = {}
 
+    @contextmanager
+    def _outside_of_flush(self) -> Iterator[None]:
+        callable_, self.connection_callable = self.connection_callable, None
+        try:
+            yield
+        finally:
+            self.connection_callable = callable_
+
+    def _bulk_save_mappings(self, *args: Any, **kw: Any) -> Any:
+        # SQLAlchemy refuses these to sessions that choose a connection for each row.
+        with self._outside_of_flush():
+            return super()._bulk_save_mappings(*args, **kw)
+
     def _connection_for_row(
         self,
         mapper: Mapper[Any] | None = None,
@@ -317,29 +349,34 @@ class ShardedSession(Session):
                 if state.key is None
                 else rows.stored_slot(state)
             )
-            shard = self._topology().owners[slot]
-        else:
-            shard = rows.kind.value
+            return self._connection_for_slot(slot)
+        if rows.kind is Kind.HOME:
+            return self._connection_for_bind(self.get_bind(mapper))
+        return self._connection_for_copies()
+
+    def _connection_for_slot(self, slot: int) -> Any:
+        """Return the connection on which a flush writes rows of *slot*."""
+        shard = self._topology().owners[slot]
         connection = self._flush_connections.get(shard)
         if connection is None:
-            connection = self._flush_connections[shard] = self._connect_flush(
-                rows.kind, shard
-            )
+            self._written_shards.add(shard)
+            connection = self._connection_for_bind(self._engines.of(shard))
+            self._flush_connections[shard] = connection
         return connection
 
-    def _connect_flush(self, kind: Kind, shard: str) -> Any:
-        if kind is Kind.HOME:
-            return self._connection_for_bind(self.bind)
-        topology = self._topology()
-        if kind is Kind.SHARDED:
-            self._written_shards.add(shard)
-            return self._connection_for_bind(self._engines.of(shard))
-        home, *others = (
-            (name, self._connection_for_bind(self._engines.of(name)))
-            for name in home_first(topology)
-        )
-        self._written_shards.update(topology.shards)
-        return ReplicatedConnection(home[1], dict(others))
+    def _connection_for_copies(self) -> Any:
+        """Return what stands for a connection to all copies of reference tables."""
+        connection = self._flush_connections.get("")
+        if connection is None:
+            topology = self._topology()
+            home, *others = (
+                (name, self._connection_for_bind(self._engines.of(name)))
+                for name in home_first(topology)
+            )
+            self._written_shards.update(topology.shards)
+            connection = ReplicatedConnection(home[1], dict(others))
+            self._flush_connections[""] = connection
+        return connection
 
     def _order_new_by_shard(self) -> None:
         """Let new rows of one shard follow each other: one INSERT takes a whole run.
@@ -456,7 +493,8 @@ class _RouteLast:
             )
 
         if len(shards) > 1:
-            return session._run_on_all(run, shards, analysis, options)
+            own = state.statement._execution_options
+            return session._run_on_all(run, shards, analysis, {**own, **options})
         if shards[0] is None:
             return None  # SQLAlchemy goes on as ever
         return session._run_routed(run, shards[0], analysis)

@@ -12,8 +12,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import RootTransaction
-from sqlalchemy.orm.session import SessionTransaction, SessionTransactionState
-from sqlalchemy.orm.state_changes import _StateChange
+from sqlalchemy.orm.session import (
+    SessionTransaction,
+    SessionTransactionOrigin,
+    SessionTransactionState,
+)
+from sqlalchemy.orm.state_changes import _StateChange, _StateChangeStates
 
 from shardalchemy.engine import attempt_all, fanout
 from shardalchemy.engine.wire import (
@@ -23,6 +27,9 @@ from shardalchemy.engine.wire import (
     simple_query,
 )
 from shardalchemy.errors import TransactionAborted
+from shardalchemy.rows import row_placement
+from shardalchemy.schema import Kind
+from shardalchemy.secondary import SecondaryRows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,10 +43,32 @@ __all__ = ["ShardedTransaction"]
 logger = logging.getLogger(__name__)
 
 
-class ShardedTransaction(SessionTransaction):
-    """The root transaction of a `ShardedSession`."""
+class _Routed(SessionTransaction):
+    """A transaction whose flushes send each row of a secondary table to its shard."""
 
     session: ShardedSession
+
+    def connection(self, bindkey: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the connection for *bindkey*; in a flush what stands for several."""
+        flushing = self.session.connection_callable is not None
+        if flushing and bindkey and row_placement(bindkey).kind is not Kind.HOME:
+            return SecondaryRows(self.session)
+        return super().connection(bindkey, *args, **kwargs)
+
+    @_StateChange.declare_states(
+        (SessionTransactionState.ACTIVE,), _StateChangeStates.NO_CHANGE
+    )
+    def _begin(self, nested: bool = False) -> SessionTransaction:
+        origin = (
+            SessionTransactionOrigin.BEGIN_NESTED
+            if nested
+            else SessionTransactionOrigin.SUBTRANSACTION
+        )
+        return _Routed(self.session, origin, self)
+
+
+class ShardedTransaction(_Routed):
+    """The root transaction of a `ShardedSession`."""
 
     @_StateChange.declare_states(
         (SessionTransactionState.ACTIVE,), SessionTransactionState.PREPARED

@@ -6,7 +6,8 @@ which the demonstration passes through them:
 
 - ``app`` has the commands and their options, ``demo`` the order of the acts;
 - ``shop`` finds the example application, ``load`` fills it;
-- ``sale`` holds the flash sale, ``buyers`` are its processes, ``tally`` what they saw;
+- ``sale`` holds the flash sale, ``buyers`` are its ``processes``, ``tally`` is what
+  they saw, and ``participants`` how they know where a transaction wrote;
 - ``audit`` asks each server in plain SQL, ``report`` draws what came of it.
 
 Nothing here is imported by the library, and Typer and Rich only when a command runs.

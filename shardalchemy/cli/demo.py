@@ -74,8 +74,8 @@ def play(
     report.show(console, topology, tally, found)
     if directory is not None:
         console.print(
-            f"The data is in {directory}; shardalchemy.local.LocalCluster(directory=…)"
-            " starts its servers again."
+            f"The data is in {directory}. LocalCluster(directory=...) of"
+            " shardalchemy.local starts its servers again."
         )
     return found.sound and not tally.errors
 
@@ -84,7 +84,7 @@ def play(
 def _act(console: Console, name: str) -> Iterator[None]:
     """Show that something is going on, and how long it took."""
     start = time.monotonic()
-    with console.status(f"{name} …"):
+    with console.status(f"{name} ..."):
         yield
     console.print(f"{name}: [bold]{time.monotonic() - start:.1f} s[/bold]")
 

@@ -56,14 +56,14 @@ def _ring(topology: Topology) -> Text:
     """Draw the hash space as a bar, each arc in its shard's colour and number."""
     colours = _colours(topology)
     numbers = {shard: str(n) for n, shard in enumerate(topology.shards, start=1)}
-    bar = Text("-2⁶³ ", "dim")
+    bar = Text("-2^63 ", "dim")
     for cell in range(_CELLS):
         owner = topology.owner(cell * SLOTS // _CELLS)
         bar.append(numbers[owner], f"black on {colours[owner]}")
-    bar.append(" 2⁶³", "dim")
+    bar.append(" 2^63", "dim")
     for shard in topology.shards:
         arcs = ", ".join(f"{first}-{last}" for first, last in topology.arcs(shard))
-        bar.append("\n     ")
+        bar.append("\n      ")
         bar.append(numbers[shard], f"black on {colours[shard]}")
         bar.append(f" {shard}: slots {arcs}")
     return bar
@@ -149,14 +149,17 @@ def _outcome(tally: Tally, audit: Audit) -> Text:
     )
 
 
-def _checks(audit: Audit) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for no_wrap in (True, True, False):
-        table.add_column(no_wrap=no_wrap)
+def _checks(audit: Audit) -> Text:
+    lines = []
     for check in audit.checks:
-        word, style = ("ok", "green") if check.ok else ("FAIL", "bold red")
-        table.add_row(Text(word, style), check.name, Text(check.detail, "dim"))
-    return table
+        line = Text()
+        line.append(*(("ok    ", "green") if check.ok else ("FAIL  ", "bold red")))
+        line.append(check.name)
+        if check.detail:
+            # What breaks an invariant is long, and wanted in full.
+            line.append(f": {check.detail}", "dim" if check.ok else "red")
+        lines.append(line)
+    return Text("\n").join(lines)
 
 
 def _trouble(tally: Tally) -> Text:
@@ -166,7 +169,7 @@ def _trouble(tally: Tally) -> Text:
         ("warning", "yellow", tally.warnings),
     ):
         for message, number in counts.most_common(_ERRORS_SHOWN):
-            lines.append(f"{word} ({number:,} times): ", style)
+            lines.append(f"{number:,} x {word}: ", style)
             lines.append(f"{message}\n")
         if len(counts) > _ERRORS_SHOWN:
             lines.append(f"and {len(counts) - _ERRORS_SHOWN} other {word}s\n", style)

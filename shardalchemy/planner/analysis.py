@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Delete, Insert, Update
+from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import CompoundSelect, Select
@@ -120,7 +121,8 @@ class Analyser:
         self, statement: Any, found: Named, key: CacheKey | None
     ) -> Analysis:
         kinds = found.kinds
-        selects = isinstance(statement, Select | CompoundSelect)
+        inner = statement.element if isinstance(statement, FromStatement) else statement
+        selects = isinstance(inner, Select | CompoundSelect)
         if not kinds - {Kind.HOME}:
             is_orm = "compile_state_plugin" in statement._propagate_attrs
             if not (selects and is_orm):

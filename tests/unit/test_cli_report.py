@@ -54,7 +54,7 @@ def test_a_sound_sale_is_reported_with_its_figures() -> None:
     assert ["share", "of", "the", "ring", "50.0%", "50.0%", "100%"] in lines
     assert ["place", "order", "3", "1.5", "20.0", "40.0", "40.0"] in lines
     assert ["3", "2", "2", "66.7%", "20.0", "40.0", "40.0", "#" * 13] in lines
-    assert ["ok", "Nothing", "is", "lost", "3", "orders"] in lines
+    assert "ok    Nothing is lost: 3 orders\n" in text
     assert "1.5 orders a second over 2.0 s. Refused: 6 sold out." in text
     assert "4 of 10 hot products are sold out" in text
     assert "NOT SOUND" not in text
@@ -67,9 +67,7 @@ def test_the_ring_shows_each_arc_by_its_shards_number() -> None:
 
 def test_a_failed_invariant_is_named_with_what_breaks_it() -> None:
     text = shown(sold(), Check("Nothing is lost", False, "1 lost, such as 42"))
-    assert ["FAIL", "Nothing", "is", "lost", "1", "lost,", "such", "as", "42"] in (
-        lines_of(text)
-    )
+    assert "FAIL  Nothing is lost: 1 lost, such as 42\n" in text
     assert "NOT SOUND" in text
 
 
@@ -77,7 +75,7 @@ def test_unexpected_errors_are_shown_and_make_it_unsound() -> None:
     tally = sold()
     tally.errors["ValueError: [not markup]"] += 3
     text = shown(tally)
-    assert "error (3 times): ValueError: [not markup]" in text
+    assert "3 x error: ValueError: [not markup]" in text
     assert "NOT SOUND" in text
 
 
@@ -85,7 +83,7 @@ def test_warnings_are_shown_and_leave_it_sound() -> None:
     tally = sold()
     tally.warnings["the turn of %s was lost"] += 1
     text = shown(tally)
-    assert "warning (1 times): the turn of %s was lost" in text
+    assert "1 x warning: the turn of %s was lost" in text
     assert "NOT SOUND" not in text
 
 

@@ -102,7 +102,9 @@ async def test_streams_over_all_shards(AsyncSession: Maker) -> None:
     async with AsyncSession() as session:
         rows = await session.stream_scalars(select(Reading.value))
         assert sorted([value async for value in rows]) == list(range(100))
-        parts = await session.stream(select(Reading).execution_options(yield_per=10))
+        parts = await session.stream(
+            select(Reading), execution_options={"yield_per": 10}
+        )
         sizes = [len(part) async for part in parts.partitions()]
         assert sum(sizes) == 100
         assert max(sizes) <= 10

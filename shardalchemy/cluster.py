@@ -23,7 +23,7 @@ from shardalchemy.catalog import (
 )
 from shardalchemy.catalog.install import lock_catalog
 from shardalchemy.commit import CommitDriver, Finisher, Recovery, RecoveryReport
-from shardalchemy.engine import Bindings, ShardEngines, fanout
+from shardalchemy.engine import Bindings, OneAtATime, ShardEngines, fanout
 from shardalchemy.errors import ConfigurationError, ShardKeyError
 from shardalchemy.locks import RowLocks
 from shardalchemy.planner import Analyser
@@ -91,6 +91,7 @@ class Cluster:
         self._sync = Bindings(self._shards, is_async=False)
         self._async = Bindings(self._shards, is_async=True)
         self._known: Topology | None = None
+        self._loading = OneAtATime()
         self._analyser = Analyser()
         self._sequences = Sequences()
         self._row_locks = RowLocks(redis, lambda: self.topology.cluster)
@@ -210,7 +211,10 @@ class Cluster:
 
     def _topology_for(self, engines: Bindings) -> Topology:
         known = self._known
-        return known if known is not None else self._load(engines)
+        if known is not None:
+            return known
+        with self._loading.held(is_async=engines.is_async):
+            return self._known or self._load(engines)
 
     def _load(self, engines: Bindings) -> Topology:
         states: dict[str, ShardState] = {}

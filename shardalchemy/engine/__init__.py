@@ -8,5 +8,6 @@ command past SQLAlchemy, for the commit protocol, which counts round trips.
 
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
+from shardalchemy.engine.turnstile import OneAtATime
 
-__all__ = ["Bindings", "ShardEngines", "attempt_all", "fanout"]
+__all__ = ["Bindings", "OneAtATime", "ShardEngines", "attempt_all", "fanout"]

@@ -165,9 +165,9 @@ class Turns:
                     kept = self._sync_client().eval(
                         _RENEW, 1, turn.key, turn.token, lease
                     )
-                    if not kept:
+                    # One that was released meanwhile is gone from the held ones.
+                    if not kept and self._held.pop(turn.token, None) is not None:
                         logger.warning("the turn of %s was lost", turn.key)
-                        self._forget(turn)
                 except Exception as error:
                     logger.warning(
                         "the turn of %s was not renewed: %s", turn.key, error

@@ -22,7 +22,7 @@ from sqlalchemy.sql.selectable import CompoundSelect, Select
 
 from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.planner.names import Guard, Named, named
-from shardalchemy.planner.pins import restrictions
+from shardalchemy.planner.pins import restrictions, selects_a_pin
 from shardalchemy.planner.rowwise import why_not_rowwise
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.schema import Kind, Pin, placement_of
@@ -275,7 +275,15 @@ def _why_not_scattered(scopes: Sequence[Scope], found: list[Restriction]) -> str
     for scope in _above(scopes, found):
         sharded = [r for r in found if r.scope is scope]
         loader = scope is top and _is_relationship_load(scope.original)
-        problem = why_not_rowwise(scope.select, None if loader else scope.original)
+        problem = why_not_rowwise(
+            scope.select,
+            None if loader else scope.original,
+            distinct_by_shard=(
+                isinstance(scope.select, Select)
+                and scope.select._distinct is True
+                and selects_a_pin(scope, scopes)
+            ),
+        )
         ordered = loader and bool(getattr(scope.original, "_order_by_clauses", ()))
         if problem is None and ordered and not _ordered_within_parents(sharded, found):
             problem = "ORDER BY"

@@ -38,7 +38,7 @@ from shardalchemy.schema import Kind, Pin, key_family, placement_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["Restriction", "restrictions"]
+__all__ = ["Restriction", "restrictions", "selects_a_pin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,13 @@ class _Resolver:
                 filters_inside = (
                     found.filters_inside
                     and self._references[id(element.subquery)] == 1
-                    and why_not_rowwise(inner.select, inner.original) is None
+                    and why_not_rowwise(
+                        inner.select,
+                        inner.original,
+                        # A criterion on what DISTINCT compares may come before it.
+                        distinct_by_shard=inner.select._distinct is True,
+                    )
+                    is None
                 )
                 return replace(
                     found,
@@ -166,6 +172,16 @@ def restrictions(
         restriction.slots = all_of(direct.get(id(restriction.element), ()))
     _propagate(found, edges)
     return found
+
+
+def selects_a_pin(scope: Scope, scopes: Sequence[Scope]) -> bool:
+    """Return whether a column of *scope* tells the shard of each of its rows.
+
+    Then equal rows are on one shard: what DISTINCT leaves of each shard is distinct.
+    """
+    resolver = _Resolver(scopes)
+    places = [resolver.place(c, scope) for c in scope.select._raw_columns]
+    return any(place is not None and not place.blankable for place in places)
 
 
 def _filters(filtered: frozenset[int], place: _Place) -> bool:

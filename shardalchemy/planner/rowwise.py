@@ -80,18 +80,22 @@ _SCALAR_CLASSES = (
 )
 
 
-def why_not_rowwise(select: Any, original: Any) -> str | None:
+def why_not_rowwise(
+    select: Any, original: Any, *, distinct_by_shard: bool = False
+) -> str | None:
     """Return the first clause that keeps *select* from being row-wise, or None.
 
     *original* is the statement as written; an ORDER BY that only eager loading has
     added orders children within their parent, whose rows are on one shard.
+    *distinct_by_shard* says that equal rows are on one shard.
     """
     if not isinstance(select, Select):
         return "a set operation"
     for clause, present in (
         ("GROUP BY", bool(select._group_by_clauses)),
         ("HAVING", bool(select._having_criteria)),
-        ("DISTINCT", bool(select._distinct or getattr(select, "_distinct_on", ()))),
+        ("DISTINCT ON", bool(getattr(select, "_distinct_on", ()))),
+        ("DISTINCT", bool(select._distinct) and not distinct_by_shard),
         ("LIMIT", select._limit_clause is not None),
         ("FETCH", select._fetch_clause is not None),
         ("OFFSET", select._offset_clause is not None),

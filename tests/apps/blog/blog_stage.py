@@ -9,7 +9,6 @@ from typing import Any
 
 import blog_listeners
 import psycopg
-import pytest
 from blog_models import Base
 from sqlalchemy import Engine, MetaData, make_url
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -36,28 +35,6 @@ def run(url: str, statement: str) -> None:
         address.render_as_string(hide_password=False), autocommit=True
     ) as connection:
         connection.execute(statement)
-
-
-def fails_under_a_cluster(reason: str) -> pytest.MarkDecorator:
-    """Mark a test that passes on plain SQLAlchemy and is known to fail on a cluster."""
-    known = pytest.mark.xfail(strict=True, reason=reason)
-    return pytest.mark.parametrize(
-        "blog",
-        [
-            "plain",
-            pytest.param("sharded", marks=known),
-            pytest.param("engine", marks=known),
-        ],
-        indirect=True,
-    )
-
-
-def fails_on_four_shards(reason: str) -> pytest.MarkDecorator:
-    """Mark a test that is known to fail on several shards, and there alone."""
-    known = pytest.mark.xfail(strict=True, reason=reason)
-    return pytest.mark.parametrize(
-        "blog", ["plain", pytest.param("sharded", marks=known), "engine"], indirect=True
-    )
 
 
 @dataclass

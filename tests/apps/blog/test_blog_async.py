@@ -14,7 +14,6 @@ from blog_stage import (
     AsyncMaker,
     Installation,
     async_sessions,
-    fails_under_a_cluster,
 )
 from sqlalchemy import delete, event, func, insert, select, text, update
 from sqlalchemy import exc as sa_exc
@@ -130,7 +129,6 @@ async def test_the_connection_is_the_sessions(make_async_session: Any) -> None:
         assert type(driver).__name__ == "AsyncConnection"
 
 
-@fails_under_a_cluster("AsyncShardedSession knows no async engine of its bind")
 async def test_the_bind_of_an_async_session_is_its_engine(
     make_async_session: Any,
 ) -> None:
@@ -161,7 +159,6 @@ async def test_write_only_collections_are_awaited(make_async_session: Any) -> No
         assert len((await session.scalars(post.revisions.select())).all()) == 1
 
 
-@fails_under_a_cluster("sync_session_class= is run on the sync engines")
 async def test_events_are_heard_on_the_sync_session_class(
     make_async_session: Any, blog: Installation
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from blog_models import Base
-from blog_stage import Installation, fails_on_four_shards, fails_under_a_cluster
+from blog_stage import Installation
 from sqlalchemy import (
     DDL,
     Column,
@@ -29,10 +29,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import registry
 
-ON_OTHER_SHARDS = fails_on_four_shards(
-    "create_all() sends the types and events of home tables to every shard"
-)
-
 
 class Mood(enum.Enum):
     HAPPY = "happy"
@@ -50,7 +46,6 @@ def metadata(blog: Installation) -> Iterator[MetaData]:
         connection.execute(text("DROP SCHEMA extra CASCADE"))
 
 
-@ON_OTHER_SHARDS
 def test_computed_identity_and_enum_columns_are_made_and_read(
     blog: Installation, metadata: MetaData, session: Any
 ) -> None:
@@ -116,7 +111,6 @@ def test_a_class_is_mapped_to_a_join_and_to_a_select(
     assert session.scalars(select(Named)).all() == []
 
 
-@fails_under_a_cluster("placement_of() follows such foreign keys for ever")
 def test_tables_whose_primary_keys_refer_to_each_other(
     blog: Installation, metadata: MetaData, session: Any
 ) -> None:
@@ -153,7 +147,6 @@ def test_a_listener_for_the_creation_of_a_table_runs_where_the_table_is(
     assert session.scalars(select(table.c.id)).all() == [7]
 
 
-@ON_OTHER_SHARDS
 def test_a_listener_for_the_creation_of_all_tables_finds_them(
     blog: Installation, metadata: MetaData, session: Any
 ) -> None:

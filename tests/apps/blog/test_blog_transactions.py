@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from blog_models import AuditEntry, Author, Comment, Person, Post, Tag
-from blog_stage import Installation, fails_under_a_cluster
+from blog_stage import Installation
 from sqlalchemy import Engine, create_engine, event, func, insert, inspect, select, text
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.orm import Session as PlainSession
@@ -250,7 +250,6 @@ def test_get_bind_names_the_engine(session: Any, engine: Engine) -> None:
         assert session.get_bind(bind=other) is other
 
 
-@fails_under_a_cluster("get_bind() inspects what SQLAlchemy does not look at")
 def test_get_bind_asks_nothing_of_what_is_not_mapped(
     session: Any, engine: Engine
 ) -> None:
@@ -274,7 +273,6 @@ def test_bind_arguments_send_one_statement_elsewhere(
     other.dispose()
 
 
-@fails_under_a_cluster("a flush ignores binds= and get_bind()")
 def test_binds_give_a_table_an_engine_of_its_own(
     make_session: Callable[..., Any], engine: Engine
 ) -> None:
@@ -295,7 +293,6 @@ def test_binds_give_a_table_an_engine_of_its_own(
         ]
 
 
-@fails_under_a_cluster("a flush ignores binds= and get_bind()")
 def test_a_subclass_may_choose_binds_itself(blog: Installation, engine: Engine) -> None:
     audit_engine = engine.execution_options(logging_token="audit")
     used: list[Engine] = []

@@ -21,7 +21,6 @@ from blog_models import (
     Tag,
     receipt_numbers,
 )
-from blog_stage import fails_under_a_cluster
 from sqlalchemy import (
     Engine,
     delete,
@@ -39,10 +38,6 @@ from sqlalchemy.orm import exc as orm_exc
 from sqlalchemy.orm import make_transient, make_transient_to_detached, object_session
 from sqlalchemy.orm.attributes import flag_modified, get_history, set_committed_value
 from sqlalchemy.schema import DDL, CreateTable
-
-BULK_WITHIN_A_FLUSH = fails_under_a_cluster(
-    "a flush's connection_callable forbids bulk statements in its listeners"
-)
 
 
 def slugs(session: Any) -> list[str]:
@@ -190,7 +185,6 @@ def test_the_audit_log_is_written_in_the_same_transaction(session: Any) -> None:
     assert session.scalar(select(func.count(AuditEntry.id))) == 4
 
 
-@BULK_WITHIN_A_FLUSH
 def test_a_flush_listener_may_use_the_orms_bulk_insert(
     make_session: Callable[..., Any],
 ) -> None:
@@ -208,7 +202,6 @@ def test_a_flush_listener_may_use_the_orms_bulk_insert(
         assert sorted(session.scalars(select(AuditEntry.subject))) == ["Ada", "Eve"]
 
 
-@BULK_WITHIN_A_FLUSH
 def test_a_flush_listener_may_use_legacy_bulk_methods(
     make_session: Callable[..., Any],
 ) -> None:
@@ -225,7 +218,6 @@ def test_a_flush_listener_may_use_legacy_bulk_methods(
         assert session.scalars(select(AuditEntry.subject)).all() == ["Ada"]
 
 
-@BULK_WITHIN_A_FLUSH
 def test_a_mapper_listener_may_use_the_orms_bulk_insert(session: Any) -> None:
     def log(_: object, __: object, target: Author) -> None:
         object_session(target).execute(  # type: ignore[union-attr]

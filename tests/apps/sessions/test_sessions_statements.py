@@ -203,7 +203,6 @@ def test_a_scatter_streams(session: ShardedSession, hundred: range) -> None:
     assert len(session.scalars(select(Customer)).all()) == 100
 
 
-@pytest.mark.xfail(strict=True, reason="the statement's own yield_per is not looked at")
 def test_a_scatter_streams_as_the_statement_itself_says(
     session: ShardedSession, hundred: range
 ) -> None:
@@ -514,7 +513,6 @@ def test_text_keys_in_statements(session: ShardedSession) -> None:
     assert session.scalars(lowered).all() == ["a"]
 
 
-@pytest.mark.xfail(strict=True, reason="a FromStatement is refused")
 def test_from_statement_over_a_pinned_select(
     session: ShardedSession, hundred: range
 ) -> None:

@@ -411,9 +411,6 @@ def test_one_transaction_mixes_home_reference_and_sharded_rows(
     assert servers.count("country") == 4
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a shard key that is a locator is hashed like any uuid"
-)
 def test_rows_sharded_by_a_locator_are_beside_the_row_it_names(
     cluster: Cluster, servers: Servers, keys: list[int], Session: Maker
 ) -> None:

@@ -216,7 +216,6 @@ def test_joined_inheritance_keeps_both_rows_together(
         assert sorted(s.rate for s in savings) == list(range(12))
 
 
-@pytest.mark.xfail(strict=True, reason="a FromStatement is refused")
 def test_a_childs_columns_are_loaded_after_its_base_was(Session: Maker) -> None:
     with Session.begin() as session:
         session.add_all(Savings(owner=f"s{n}", rate=n) for n in range(8))
@@ -429,7 +428,6 @@ def test_a_changed_shard_key_is_refused_even_when_the_shard_is_the_same(
         session.flush()
 
 
-@pytest.mark.xfail(strict=True, reason="raises the CHECK's IntegrityError")
 def test_a_shard_key_changed_while_expired_is_refused(
     session: ShardedSession, cluster: Cluster, servers: Servers
 ) -> None:

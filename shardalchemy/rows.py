@@ -66,10 +66,12 @@ class RowPlacement:
                 before = state.committed_state.get(attribute, _NO_VALUE)
                 if before is _NO_VALUE:
                     continue
-                after = state.dict.get(attribute, before)
+                after = state.dict.get(attribute)
+                if after is None:
+                    continue  # as of an orphan that is deleted; no row can keep it
                 # What was not loaded before it was set can be told by its slot alone.
                 kept = pin.slot(after) == slot if _is_marker(before) else False
-                if after is not before and after != before and not kept:
+                if after != before and not kept:
                     raise ShardKeyError(
                         f"{self.name}.{attribute} was changed to {after!r}: it says on"
                         " which shard the row lives. Delete the object and add a new"

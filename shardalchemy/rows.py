@@ -67,8 +67,8 @@ class RowPlacement:
                 if before is _NO_VALUE:
                     continue
                 after = state.dict.get(attribute)
-                if after is None:
-                    continue  # as of an orphan that is deleted; no row can keep it
+                if after is None and state.manager.mapper._is_orphan(state):
+                    continue  # its row is being deleted
                 # What was not loaded before it was set can be told by its slot alone.
                 kept = pin.slot(after) == slot if _is_marker(before) else False
                 if after != before and not kept:

@@ -11,8 +11,8 @@ from sqlalchemy.util import await_only
 
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Decision, Reply, decide
-from shardalchemy.engine import attempt_all
-from shardalchemy.engine.wire import driver_of, is_lost, simple_query
+from shardalchemy.engine import broadcast
+from shardalchemy.engine.wire import driver_of, is_lost
 from shardalchemy.errors import CommitOutcomeUnknown, TransactionAborted
 
 if TYPE_CHECKING:
@@ -139,11 +139,11 @@ def _prepare(
         errors.update(dict.fromkeys(others, next(iter(errors.values()))))
         return {**replies, **others}, errors
 
-    def prepare(shard: str, connection: Connection) -> list[str]:
-        sql = _PREPARE.format(gid=gid, branch=branches[shard])
-        return simple_query(connection, sql)
-
-    for shard, outcome in attempt_all(prepare, connections).items():
+    commands = {
+        shard: _PREPARE.format(gid=gid, branch=branch)
+        for shard, branch in branches.items()
+    }
+    for shard, outcome in broadcast(connections, commands).items():
         if isinstance(outcome, Exception):
             gone = is_lost(driver_of(connections[shard]))
             certain = isinstance(outcome, sa_exc.DBAPIError) and not gone
@@ -165,10 +165,6 @@ def _settle(
     command: str, branches: Mapping[str, str], connections: Mapping[str, Connection]
 ) -> list[str]:
     """Send the second step to all at once; return the shards where it failed."""
-    outcomes = attempt_all(
-        lambda shard, connection: simple_query(
-            connection, command.format(branch=branches[shard])
-        ),
-        connections,
-    )
+    commands = {s: command.format(branch=branches[s]) for s in connections}
+    outcomes = broadcast(connections, commands)
     return [shard for shard, o in outcomes.items() if isinstance(o, Exception)]

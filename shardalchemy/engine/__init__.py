@@ -6,8 +6,16 @@ in one thread or one event loop, and leaves none in an unknown state. `wire` sen
 command past SQLAlchemy, for the commit protocol, which counts round trips.
 """
 
+from shardalchemy.engine.broadcast import broadcast
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
 from shardalchemy.engine.turnstile import OneAtATime
 
-__all__ = ["Bindings", "OneAtATime", "ShardEngines", "attempt_all", "fanout"]
+__all__ = [
+    "Bindings",
+    "OneAtATime",
+    "ShardEngines",
+    "attempt_all",
+    "broadcast",
+    "fanout",
+]

@@ -37,13 +37,19 @@ T = TypeVar("T")
 CANCEL_TIMEOUT = 5.0
 """Seconds a cancelled statement may take to end before its connection is closed."""
 
-_EVENTS = {
+EVENTS = {
     int(Wait.R): select.POLLIN,
     int(Wait.W): select.POLLOUT,
     int(Wait.RW): select.POLLIN | select.POLLOUT,
 }
 _READY_TO_READ = select.POLLIN | select.POLLHUP | select.POLLERR
 _TICK = 0.5  # seconds between looks at what a cancellation has left
+
+
+def ready_state(events: int) -> int:
+    """Return what poll() says of a socket as psycopg's ``Ready`` has it."""
+    ready = 1 if events & _READY_TO_READ else 0
+    return ready | (2 if events & select.POLLOUT else 0)
 
 
 def fanout(
@@ -171,7 +177,7 @@ class _Hub:
                 wanted = next(gen)
                 while True:
                     descriptor = driver.pgconn.socket
-                    self._poll.register(descriptor, _EVENTS[int(wanted)])
+                    self._poll.register(descriptor, EVENTS[int(wanted)])
                     self._waiting[descriptor] = (getcurrent(), shard)
                     wanted = gen.send(self._hub.switch())
             except StopIteration as stop:
@@ -186,8 +192,7 @@ class _Hub:
             for descriptor, events in self._poll.poll(_TICK * 1000):
                 waiter, _ = self._waiting.pop(descriptor)
                 self._poll.unregister(descriptor)
-                ready = 1 if events & _READY_TO_READ else 0
-                waiter.switch(ready | (2 if events & select.POLLOUT else 0))
+                waiter.switch(ready_state(events))
             if self._cancelled_at is not None:
                 late = time.monotonic() - self._cancelled_at > CANCEL_TIMEOUT
                 self._close_waiting(all_of_them=late)

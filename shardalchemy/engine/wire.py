@@ -40,7 +40,8 @@ def in_failed_transaction(driver: Driver) -> bool:
     return driver.pgconn.transaction_status == TransactionStatus.INERROR
 
 
-def _exchange(driver: Driver, sql: bytes) -> PQGen[list[PGresult]]:
+def exchange(driver: Driver, sql: bytes) -> PQGen[list[PGresult]]:
+    """Send *sql* as one message and yield until its results are there."""
     driver.pgconn.send_query(sql)
     results: list[PGresult] = yield from generators.execute(driver.pgconn)
     for result in results:
@@ -58,19 +59,30 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
     On an async connection it must be called within SQLAlchemy's greenlet.
     """
     driver = driver_of(connection)
-    exchange = _exchange(driver, sql.encode())
+    running = exchange(driver, sql.encode())
     results: list[PGresult]
     try:
         if isinstance(driver, psycopg.AsyncConnection):
-            results = await_only(_awaited(driver, exchange))
+            results = await_only(_awaited(driver, running))
         else:
             with driver.lock:
-                results = driver.wait(exchange)
+                results = driver.wait(running)
     except psycopg.Error as error:
-        raise sa_exc.DBAPIError.instance(
-            sql, None, error, psycopg.Error, dialect=connection.dialect
-        ) from error
+        raise translated(connection, sql, error) from error
+    return tags(results)
+
+
+def tags(results: list[PGresult]) -> list[str]:
+    """Return the command tags of results, such as ``PREPARE TRANSACTION``."""
     return [(result.command_status or b"").decode() for result in results]
+
+
+def translated(connection: Connection, sql: str, error: psycopg.Error) -> Exception:
+    """Return the SQLAlchemy error that ``execute`` would raise for *error*."""
+    found: Exception = sa_exc.DBAPIError.instance(
+        sql, None, error, psycopg.Error, dialect=connection.dialect
+    )
+    return found
 
 
 async def _awaited(

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from shardalchemy.local import LocalCluster
 from shardalchemy.ring import KEY_TYPES
+from tests.bench.bare import BareCommits
 from tests.bench.paired import Row, in_turn, in_turn_async, table
 from tests.bench.peers import Item, Peers, timed_commit
 
@@ -101,17 +102,16 @@ def scatter(peers: Peers, rounds: int) -> list[Row]:
         async with make_async() as session:
             (await session.execute(statement)).all()
 
-    async def closing(turn: int) -> None:
-        await scattered(turn)
-        if turn == rounds + 4:
-            await peers.cluster.aclose()
-            await engine.dispose()
+    async def close() -> None:
+        await peers.cluster.aclose()
+        await engine.dispose()
 
     rows += in_turn_async(
         "the same in an event loop",
-        {"one shard alone": alone, "AsyncShardedSession": closing},
+        {"one shard alone": alone, "AsyncShardedSession": scattered},
         rounds,
         {"AsyncShardedSession": "≤ 1.50"},
+        at_the_end=close,
     )
     return rows
 
@@ -156,6 +156,7 @@ def commits(peers: Peers, rounds: int) -> list[Row]:
 
         return run
 
+    bare = BareCommits(peers)
     for count in (2, 4):
         shards = peers.shards[:count]
         rows += in_turn(
@@ -163,6 +164,10 @@ def commits(peers: Peers, rounds: int) -> list[Row]:
             {
                 "one shard, plain Session": plain,
                 "one shard, ShardedSession": ours(["s1"], "committed"),
+                "one shard, bare psycopg": lambda turn: bare.commit(["s1"], turn),
+                "both rounds, bare psycopg": (
+                    lambda turn, shards=shards: bare.commit(shards, turn)
+                ),
                 'ack="committed"': ours(shards, "committed"),
                 'ack="prepared"': ours(shards, "prepared"),
                 "Session(twophase=True)": two_phase(shards),
@@ -170,6 +175,7 @@ def commits(peers: Peers, rounds: int) -> list[Row]:
             rounds,
             {'ack="committed"': "≤ 2.60", 'ack="prepared"': "≤ 1.50"},
         )
+    bare.close()
     return rows
 
 

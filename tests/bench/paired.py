@@ -54,8 +54,10 @@ def in_turn_async(
     ways: Mapping[str, Callable[[int], Awaitable[None]]],
     rounds: int,
     targets: Mapping[str, str] | None = None,
+    *,
+    at_the_end: Callable[[], Awaitable[None]],
 ) -> list[Row]:
-    """Do the same for coroutines, in one event loop."""
+    """Do the same for coroutines, in one event loop, with a last one to clean up."""
 
     async def measured() -> dict[str, list[float]]:
         times: dict[str, list[float]] = {way: [] for way in ways}
@@ -65,6 +67,7 @@ def in_turn_async(
                 start = time.perf_counter()
                 await ways[way](turn)
                 times[way].append(time.perf_counter() - start)
+        await at_the_end()
         return {way: found[5:] for way, found in times.items()}
 
     return _rows(what, asyncio.run(measured()), targets or {})

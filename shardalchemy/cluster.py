@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from sqlalchemy import Table, inspect
@@ -22,11 +23,9 @@ from shardalchemy.catalog import (
     write_topology,
 )
 from shardalchemy.catalog.install import lock_catalog
-from shardalchemy.commit import CommitDriver, Finisher, Recovery, RecoveryReport
 from shardalchemy.engine import Bindings, OneAtATime, ShardEngines, fanout
 from shardalchemy.errors import ConfigurationError, ShardKeyError
 from shardalchemy.locks import RowLocks
-from shardalchemy.planner import Analyser
 from shardalchemy.ring import allocate
 from shardalchemy.schema import Kind, Placement, checked, placement_of
 from shardalchemy.session import ShardedSession
@@ -39,8 +38,14 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
     from shardalchemy.asyncio import AsyncShardedSession
-    from shardalchemy.commit import Ack
-    from shardalchemy.planner import Plan
+    from shardalchemy.commit import (
+        Ack,
+        CommitDriver,
+        Finisher,
+        Recovery,
+        RecoveryReport,
+    )
+    from shardalchemy.planner import Analyser, Plan
 
 __all__ = ["Cluster"]
 
@@ -92,12 +97,35 @@ class Cluster:
         self._async = Bindings(self._shards, is_async=True)
         self._known: Topology | None = None
         self._loading = OneAtATime()
-        self._analyser = Analyser()
         self._sequences = Sequences()
         self._row_locks = RowLocks(redis, lambda: self.topology.cluster)
-        self._finisher = Finisher(self._sync.connect)
-        self._recovery = Recovery(self._sync.connect, lambda: self.topology)
-        self._committer = CommitDriver(self._finisher, self._recovery)
+
+    # The planner and the commit protocol are imported by the first that needs them: a
+    # program that only opens a session on its home shard starts the sooner.
+
+    @cached_property
+    def _analyser(self) -> Analyser:
+        from shardalchemy import planner
+
+        return planner.Analyser()
+
+    @cached_property
+    def _finisher(self) -> Finisher:
+        from shardalchemy import commit
+
+        return commit.Finisher(self._sync.connect)
+
+    @cached_property
+    def _recovery(self) -> Recovery:
+        from shardalchemy import commit
+
+        return commit.Recovery(self._sync.connect, lambda: self.topology)
+
+    @cached_property
+    def _committer(self) -> CommitDriver:
+        from shardalchemy import commit
+
+        return commit.CommitDriver(self._finisher, self._recovery)
 
     def __repr__(self) -> str:
         return f"Cluster({', '.join(self._shards.names)})"
@@ -283,7 +311,8 @@ class Cluster:
 
     def close(self) -> None:
         """Finish pending commits, and close the connections opened here."""
-        self._finisher.close()
+        if "_finisher" in vars(self):
+            self._finisher.close()
         self._row_locks.close()
         self._shards.dispose()
 
@@ -291,7 +320,8 @@ class Cluster:
         """Do what `close` does, for async sessions as well."""
         import asyncio
 
-        await asyncio.to_thread(self._finisher.close)
+        if "_finisher" in vars(self):
+            await asyncio.to_thread(self._finisher.close)
         await self._row_locks.aclose()
         await self._shards.dispose_async()
 

@@ -15,7 +15,6 @@ from sqlalchemy.util import EMPTY_DICT
 
 from shardalchemy.errors import ShardKeyError, UnsupportedQueryError
 from shardalchemy.inserts import completed_insert
-from shardalchemy.planner.slots import Arguments
 from shardalchemy.ring import KEY_TYPES
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
@@ -162,31 +161,8 @@ def _slots(
     own = getattr(statement, "_params", None) or EMPTY_DICT
     found: set[int] = set()
     for given in sets or (EMPTY_DICT,):
-        if given or own:
-            known = {parameter.key for parameter in extracted}
-            if analysis.table is not None:
-                known.update(analysis.table.c.keys())
-            if not known.issuperset(given) or not known.issuperset(own):
-                # It may stand for a parameter by the name it has in the SQL.
-                return None
         values = {**own, **given} if own else given
-        only = analysis.only_slots
-        arguments = Arguments(extracted, values)
-        some = (
-            only.evaluate(arguments)
-            if only is not None
-            else _all_slots(analysis, arguments)
-        )
-        if some is None:
-            return None
-        found |= some
-    return found
-
-
-def _all_slots(analysis: Analysis, arguments: Arguments) -> set[int] | None:
-    found: set[int] = set()
-    for slots in analysis.slots:
-        some = None if slots is None else slots.evaluate(arguments)
+        some = analysis.needed_slots(extracted, values)
         if some is None:
             return None
         found |= some

@@ -26,7 +26,6 @@ from shardalchemy.errors import (
     ConfigurationError,
     UnsupportedQueryError,
 )
-from shardalchemy.planner import Plan, PlanKind
 from shardalchemy.routing import destination, home_first, shard_of_identity
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.cluster import Cluster
     from shardalchemy.commit import Ack
-    from shardalchemy.planner import Analysis
+    from shardalchemy.planner import Analysis, Plan
 
 __all__ = ["ShardedSession"]
 
@@ -234,10 +233,24 @@ class ShardedSession(Session):
                 _add_event=_RouteLast(_add_event),
                 _scalar_result=_scalar_result,
             )
-        statement = getattr(statement, "__clause_element__", lambda: statement)()
+        if hasattr(statement, "__clause_element__"):
+            statement = statement.__clause_element__()
         shards, analysis, params = destination(
             self, statement, params, execution_options
         )
+
+        if len(shards) == 1 and analysis is not None and not analysis.writes:
+            # What most statements are; the rest of this method is not for them.
+            if shards[0] is not None:
+                bind_arguments = {**(bind_arguments or EMPTY_DICT), "shard": shards[0]}
+            return super()._execute_internal(
+                statement,
+                params,
+                execution_options=execution_options,
+                bind_arguments=bind_arguments,
+                _add_event=_add_event,
+                _scalar_result=_scalar_result,
+            )
 
         def run(shard: str | None) -> Any:
             return super(ShardedSession, self)._execute_internal(
@@ -412,6 +425,8 @@ class ShardedSession(Session):
 
         Raises what executing it would raise before anything is sent.
         """
+        from shardalchemy.planner import Plan, PlanKind
+
         shards, analysis, _ = destination(self, statement, params, execution_options)
         topology = self._topology()
         names = tuple(topology.home if s is None else s for s in shards)

@@ -25,6 +25,7 @@ from shardalchemy.planner.names import Guard, Named, named
 from shardalchemy.planner.pins import restrictions, selects_a_pin
 from shardalchemy.planner.rowwise import why_not_rowwise
 from shardalchemy.planner.scopes import noted_scopes
+from shardalchemy.planner.slots import Arguments
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,32 @@ class Analysis:
     scatter_problem: str | None = None
     table: Table | None = None
     locks_copies: bool = False
+
+    def needed_slots(
+        self, extracted: Sequence[Any], given: Mapping[str, Any]
+    ) -> set[int] | None:
+        """Return the slots that one execution needs, or None for all.
+
+        *extracted* are the parameters of the statement's cache key, *given* those that
+        are passed beside it, by name.
+        """
+        if given:
+            known = {parameter.key for parameter in extracted}
+            if self.table is not None:
+                known.update(self.table.c.keys())
+            if not known.issuperset(given):
+                # It may stand for a parameter by the name it has in the SQL.
+                return None
+        arguments = Arguments(extracted, given)
+        if self.only_slots is not None:
+            return self.only_slots.evaluate(arguments)
+        found: set[int] = set()
+        for slots in self.slots:
+            some = None if slots is None else slots.evaluate(arguments)
+            if some is None:
+                return None
+            found |= some
+        return found
 
 
 class Analyser:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Destination",
+    "check_not_a_copy",
     "destination",
     "home_first",
     "shard_of_identity",
@@ -58,7 +59,7 @@ def destination(
     """
     named = _named_shard(session, statement, options)
     if named is not None:
-        _check_not_a_copy(statement)
+        check_not_a_copy(statement)
         return Destination((named,), None, params)
     topology = session._topology()
     analysis, extracted = session._cluster._analyser.analyse(statement)
@@ -140,7 +141,7 @@ def _slot_of_key(key: object, pins: Sequence[Pin]) -> int:
     return slots[0]
 
 
-def _check_not_a_copy(statement: Any) -> None:
+def check_not_a_copy(statement: Any) -> None:
     """Refuse to write one copy of a reference table, whatever an option says."""
     if isinstance(statement, Insert | Update | Delete):
         table = statement.table

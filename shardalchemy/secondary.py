@@ -13,7 +13,7 @@ from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.schema import Kind, placement_of
 
 if TYPE_CHECKING:
-    from shardalchemy.session import ShardedSession
+    from shardalchemy.flush import RowConnections
 
 __all__ = ["SecondaryRows"]
 
@@ -21,14 +21,14 @@ __all__ = ["SecondaryRows"]
 class SecondaryRows:
     """Stands where the unit of work expects a ``Connection``."""
 
-    def __init__(self, session: ShardedSession) -> None:
-        self._session = session
+    def __init__(self, rows: RowConnections) -> None:
+        self._rows = rows
 
     def execute(self, statement: Any, parameters: Any, **options: Any) -> _Counted:
         """Execute an INSERT, UPDATE or DELETE of a secondary table, row by shard."""
         placement = placement_of(statement.table)
         if placement.kind is Kind.REFERENCE:
-            copies = self._session._connection_for_copies()
+            copies = self._rows.for_copies()
             return _Counted([copies.execute(statement, parameters, **options)])
         if placement.kind is Kind.HOME:
             raise UnsupportedQueryError(
@@ -53,7 +53,7 @@ class SecondaryRows:
                     f" {placement.column_name}. Make the key part of the relationship's"
                     " foreign keys, or map the table as a class of its own."
                 )
-            connection = self._session._connection_for_slot(slot)
+            connection = self._rows.for_slot(slot)
             by_connection.setdefault(connection, []).append(values)
         return _Counted(
             [

@@ -21,13 +21,16 @@ from sqlalchemy.orm.session import SessionTransactionOrigin
 from sqlalchemy.util import EMPTY_DICT, await_only
 
 from shardalchemy.engine import fanout
-from shardalchemy.engine.replicated import ReplicatedConnection
 from shardalchemy.errors import (
     ConfigurationError,
     UnsupportedQueryError,
 )
-from shardalchemy.routing import destination, home_first, shard_of_identity
-from shardalchemy.rows import row_placement
+from shardalchemy.flush import RowConnections, order_new_by_shard
+from shardalchemy.routing import (
+    check_not_a_copy,
+    destination,
+    shard_of_identity,
+)
 from shardalchemy.schema import Kind, placement_of
 from shardalchemy.transaction import ShardedTransaction
 
@@ -86,7 +89,6 @@ class ShardedSession(Session):
         self._names = self._engines.names
         self._ack: Ack = ack or cluster.ack
         self._routed: str | None = None
-        self._flush_connections: dict[str, Any] = {}
         self._written_shards: set[str] = set()
         self._unfinished: dict[str, Any] = {}
         self._turns: list[Any] = []
@@ -187,91 +189,50 @@ class ShardedSession(Session):
                         )
         return super().get_bind(mapper, clause=clause, bind=bind, **kw)
 
-    def _execute_internal(
-        self,
-        statement: Any,
-        params: Any = None,
-        *,
-        execution_options: Mapping[str, Any] = EMPTY_DICT,
-        bind_arguments: dict[str, Any] | None = None,
-        _parent_execute_state: Any = None,
-        _add_event: Any = None,
-        _scalar_result: bool = False,
-    ) -> Any:
+    def _execute_internal(self, statement: Any, params: Any = None, **how: Any) -> Any:
+        """Run a statement where it belongs.
+
+        Every ``execute``, ``scalars``, ``get`` and lazy load comes through here; *how*
+        is what SQLAlchemy's own method takes by keyword.
+        """
         if self.connection_callable is not None:
             # A listener's statement within a flush is no row of that flush.
             with self._outside_of_flush():
-                return self._execute_internal(
-                    statement,
-                    params,
-                    execution_options=execution_options,
-                    bind_arguments=bind_arguments,
-                    _parent_execute_state=_parent_execute_state,
-                    _add_event=_add_event,
-                    _scalar_result=_scalar_result,
-                )
-        decided = bind_arguments and (
-            "shard" in bind_arguments or "bind" in bind_arguments
-        )
-        if decided or _parent_execute_state is not None:
-            return super()._execute_internal(
-                statement,
-                params,
-                execution_options=execution_options,
-                bind_arguments=bind_arguments,
-                _parent_execute_state=_parent_execute_state,
-                _add_event=_add_event,
-                _scalar_result=_scalar_result,
+                return self._execute_internal(statement, params, **how)
+        run_here = super()._execute_internal
+        bind_arguments = how.get("bind_arguments")
+        if how.get("_parent_execute_state") is not None:
+            return run_here(statement, params, **how)
+        if bind_arguments and "shard" in bind_arguments:
+            check_not_a_copy(statement)
+            return self._run_routed(
+                lambda _: run_here(statement, params, **how),
+                bind_arguments["shard"],
+                None,
             )
+        if bind_arguments and "bind" in bind_arguments:
+            return run_here(statement, params, **how)
         if self.dispatch.do_orm_execute:
             # A listener may still change the statement, so the last one routes it.
-            return super()._execute_internal(
-                statement,
-                params,
-                execution_options=execution_options,
-                bind_arguments=bind_arguments,
-                _add_event=_RouteLast(_add_event),
-                _scalar_result=_scalar_result,
-            )
+            how["_add_event"] = _RouteLast(how.get("_add_event"))
+            return run_here(statement, params, **how)
         if hasattr(statement, "__clause_element__"):
             statement = statement.__clause_element__()
-        shards, analysis, params = destination(
-            self, statement, params, execution_options
-        )
-
-        if len(shards) == 1 and analysis is not None and not analysis.writes:
-            # What most statements are; the rest of this method is not for them.
-            if shards[0] is not None:
-                bind_arguments = {**(bind_arguments or EMPTY_DICT), "shard": shards[0]}
-            return super()._execute_internal(
-                statement,
-                params,
-                execution_options=execution_options,
-                bind_arguments=bind_arguments,
-                _add_event=_add_event,
-                _scalar_result=_scalar_result,
-            )
+        options = how.get("execution_options", EMPTY_DICT)
+        shards, analysis, params = destination(self, statement, params, options)
 
         def run(shard: str | None) -> Any:
-            return super(ShardedSession, self)._execute_internal(
-                statement,
-                params,
-                execution_options=execution_options,
-                bind_arguments=(
-                    bind_arguments
-                    if shard is None
-                    else {**(bind_arguments or {}), "shard": shard}
-                ),
-                _add_event=_add_event,
-                _scalar_result=_scalar_result and len(shards) == 1,
-            )
+            if shard is not None:
+                routed = {**(bind_arguments or EMPTY_DICT), "shard": shard}
+                return run_here(statement, params, **{**how, "bind_arguments": routed})
+            return run_here(statement, params, **how)
 
         if len(shards) == 1:
             return self._run_routed(run, shards[0], analysis)
+        scalar = how.pop("_scalar_result", False)
         own = getattr(statement, "_execution_options", EMPTY_DICT)
-        options = {**own, **execution_options}
-        result = self._run_on_all(run, shards, analysis, options)
-        return result.scalar() if _scalar_result else result
+        result = self._run_on_all(run, shards, analysis, {**own, **options})
+        return result.scalar() if scalar else result
 
     def _run_routed(
         self, run: Any, shard: str | None, analysis: Analysis | None
@@ -324,15 +285,13 @@ class ShardedSession(Session):
     # -- where rows go --------------------------------------------------------------
 
     def _flush(self, objects: Sequence[object] | None = None) -> None:
-        self._flush_connections = {}
-        self.connection_callable = self._connection_for_row
+        self.connection_callable = RowConnections(self)
         try:
             if len(self._new) > 1:
-                self._order_new_by_shard()
+                order_new_by_shard(self)
             super()._flush(objects)
         finally:
             self.connection_callable = None
-            self._flush_connections = {}
 
     @contextmanager
     def _outside_of_flush(self) -> Iterator[None]:
@@ -346,71 +305,6 @@ class ShardedSession(Session):
         # SQLAlchemy refuses these to sessions that choose a connection for each row.
         with self._outside_of_flush():
             return super()._bulk_save_mappings(*args, **kw)
-
-    def _connection_for_row(
-        self,
-        mapper: Mapper[Any] | None = None,
-        instance: object | None = None,
-        **_: Any,
-    ) -> Any:
-        """Return the connection on which the unit of work writes *instance*'s row."""
-        state: Any = inspect(instance)
-        rows = row_placement(state.manager.mapper)
-        if rows.kind is Kind.SHARDED:
-            slot = (
-                rows.new_slot(state, self._next_value)
-                if state.key is None
-                else rows.stored_slot(state)
-            )
-            return self._connection_for_slot(slot)
-        if rows.kind is Kind.HOME:
-            return self._connection_for_bind(self.get_bind(mapper))
-        return self._connection_for_copies()
-
-    def _connection_for_slot(self, slot: int) -> Any:
-        """Return the connection on which a flush writes rows of *slot*."""
-        shard = self._topology().owners[slot]
-        connection = self._flush_connections.get(shard)
-        if connection is None:
-            self._written_shards.add(shard)
-            connection = self._connection_for_bind(self._engines.of(shard))
-            self._flush_connections[shard] = connection
-        return connection
-
-    def _connection_for_copies(self) -> Any:
-        """Return what stands for a connection to all copies of reference tables."""
-        connection = self._flush_connections.get("")
-        if connection is None:
-            topology = self._topology()
-            home, *others = (
-                (name, self._connection_for_bind(self._engines.of(name)))
-                for name in home_first(topology)
-            )
-            self._written_shards.update(topology.shards)
-            connection = ReplicatedConnection(home[1], dict(others))
-            self._flush_connections[""] = connection
-        return connection
-
-    def _order_new_by_shard(self) -> None:
-        """Let new rows of one shard follow each other: one INSERT takes a whole run.
-
-        SQLAlchemy inserts in the order of ``insert_order``; nothing else reads it.
-        """
-        owners = None
-        ranked = []
-        for state in self._new:
-            rows = row_placement(state.manager.mapper)
-            slot = rows.peeked_slot(state) if rows.kind is Kind.SHARDED else None
-            if slot is not None and owners is None:
-                owners = self._topology().owners
-            shard = "" if slot is None or owners is None else owners[slot]
-            ranked.append((shard, state.insert_order or 0, state))
-        if owners is None:
-            return
-        places = sorted(order for _, order, _ in ranked)
-        ranked.sort(key=lambda item: item[:2])
-        for place, (_, _, state) in zip(places, ranked, strict=True):
-            state.insert_order = place
 
     # -- beyond Session ----------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from shardalchemy.engine.wire import (
     simple_query,
 )
 from shardalchemy.errors import TransactionAborted
+from shardalchemy.flush import RowConnections
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind
 from shardalchemy.secondary import SecondaryRows
@@ -50,9 +51,13 @@ class _Routed(SessionTransaction):
 
     def connection(self, bindkey: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the connection for *bindkey*; in a flush what stands for several."""
-        flushing = self.session.connection_callable is not None
-        if flushing and bindkey and row_placement(bindkey).kind is not Kind.HOME:
-            return SecondaryRows(self.session)
+        rows = self.session.connection_callable
+        if (
+            isinstance(rows, RowConnections)
+            and bindkey is not None
+            and row_placement(bindkey).kind is not Kind.HOME
+        ):
+            return SecondaryRows(rows)
         return super().connection(bindkey, *args, **kwargs)
 
     @_StateChange.declare_states(

@@ -54,7 +54,7 @@ def test_computed_identity_and_enum_columns_are_made_and_read(
         metadata,
         Column("id", Integer, Identity(start=10), primary_key=True),
         Column("words", Integer, nullable=False),
-        Column("pages", Integer, Computed("words / 100")),
+        Column("pages", Integer, Computed("words / 100", persisted=True)),
         Column("mood", Enum(Mood, schema="extra"), index=True, comment="how it was"),
         Column("title", String, unique=True),
         schema="extra",

@@ -98,7 +98,7 @@ class Order(Base):
     placed_at: Mapped[datetime] = mapped_column(
         DateTime(timezone=True), server_default=func.now()
     )
-    doubled: Mapped[int] = mapped_column(Computed("number * 2"))
+    doubled: Mapped[int] = mapped_column(Computed("number * 2", persisted=True))
 
     customer: Mapped[Customer] = relationship(back_populates="orders")
     lines: Mapped[list[Line]] = relationship(

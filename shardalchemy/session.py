@@ -113,7 +113,6 @@ class ShardedSession(Session):
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
         if self._transaction is None and (begin or self.autobegin):
-            self._written_shards.clear()
             return ShardedTransaction(
                 self,
                 SessionTransactionOrigin.BEGIN
@@ -149,7 +148,9 @@ class ShardedSession(Session):
             else:
                 done.result()
 
-    def _release_turns(self) -> None:
+    def _forget_transaction(self) -> None:
+        """Let others have the rows' turns; for `ShardedTransaction` at its end."""
+        self._written_shards.clear()
         while self._turns:
             self._turns.pop().release()
 

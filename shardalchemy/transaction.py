@@ -96,7 +96,7 @@ class ShardedTransaction(_Routed):
     def close(self, invalidate: bool = False) -> None:
         """Close the transaction, and let others have the rows' turns."""
         super().close(invalidate)
-        self.session._release_turns()
+        self.session._forget_transaction()
 
     def _give_up_lost(self) -> None:
         """Leave connections that were lost out of what SQLAlchemy still has to end.

@@ -1,5 +1,5 @@
 """Side-by-side measurements: ``python -m tests.bench`` prints the table.
 
-Each row is measured in turn with its peers, in an order that alternates, and given as
+Each row is measured in turn with its peers, in an order that changes, and given as
 the median and its ratio to the peer named first. Nothing here fails on time.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -38,8 +39,7 @@ def in_turn(
     gc.disable()
     try:
         for turn in range(rounds):
-            order = list(ways) if turn % 2 else list(reversed(ways))
-            for way in order:
+            for way in _shuffled(ways, turn):
                 start = time.perf_counter()
                 own = ways[way](turn)
                 elapsed = time.perf_counter() - start
@@ -62,8 +62,7 @@ def in_turn_async(
     async def measured() -> dict[str, list[float]]:
         times: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(rounds + 5):
-            order = list(ways) if turn % 2 else list(reversed(ways))
-            for way in order:
+            for way in _shuffled(ways, turn):
                 start = time.perf_counter()
                 await ways[way](turn)
                 times[way].append(time.perf_counter() - start)
@@ -71,6 +70,17 @@ def in_turn_async(
         return {way: found[5:] for way, found in times.items()}
 
     return _rows(what, asyncio.run(measured()), targets or {})
+
+
+def _shuffled(ways: Mapping[str, object], turn: int) -> list[str]:
+    """Return the ways in an order of this turn's own.
+
+    In a fixed or a merely reversed order, one way would always find the caches as the
+    same other, or it itself, has left them.
+    """
+    order = list(ways)
+    random.Random(turn).shuffle(order)
+    return order
 
 
 def _rows(

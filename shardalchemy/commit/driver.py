@@ -67,13 +67,16 @@ class CommitDriver:
         decision = decide(replies.values())
         if decision is Decision.COMMIT:
             if ack == "prepared":
-                return self._finisher.commit(gid, branches)
+                return self._finisher.commit(gid, branches, marked=branches)
             failed = _settle(_COMMIT, branches, connections)
             if failed:
-                # It is committed all the same: every participant has promised.
+                # It is committed all the same: every participant has promised. Until
+                # the last has kept it, the markers of the others are its only proof.
                 logger.warning("%s: COMMIT PREPARED is repeated on %s", gid, failed)
-                self._finisher.commit(gid, {s: branches[s] for s in failed})
-            self._finisher.forget(gid, branches)
+                left = {s: branches[s] for s in failed}
+                self._finisher.commit(gid, left, marked=branches)
+            else:
+                self._finisher.forget(gid, branches)
             return None
         if decision is Decision.ABORT:
             prepared = {s for s, r in replies.items() if r is Reply.PREPARED}

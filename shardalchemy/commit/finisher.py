@@ -72,9 +72,14 @@ class Finisher:
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
 
-    def commit(self, gid: Gid, branches: Mapping[str, str]) -> Future[None]:
-        """Commit what is prepared; the result is done when every shard has."""
-        work = _Work(gid, "COMMIT", dict(branches), marker_on=tuple(branches))
+    def commit(
+        self, gid: Gid, branches: Mapping[str, str], *, marked: Iterable[str]
+    ) -> Future[None]:
+        """Commit what is prepared; the result is done when every shard has.
+
+        *marked* are the shards with the transaction's markers, to be deleted after it.
+        """
+        work = _Work(gid, "COMMIT", dict(branches), marker_on=tuple(marked))
         return self._put(work)
 
     def roll_back(self, gid: Gid, branches: Mapping[str, str]) -> Future[None]:

@@ -128,6 +128,8 @@ class Recovery:
         while True:
             try:
                 with self._autocommit(shard) as connection:
+                    # Not to go back to the pool: sessions would inherit the timeout.
+                    connection.detach()
                     connection.execute(_LOCK_TIMEOUT)
                     while True:
                         if connection.scalar(_PREPARED, {"branch": branch}):

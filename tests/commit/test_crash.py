@@ -105,6 +105,11 @@ def test_killed_before_prepare_and_gone_for_long(
     report = bank.cluster.recover(grace=0)
     assert report.rolled_back == (caught.value.gid,)
     assert not bank.everywhere()
+    # Recovery leaves no setting of its own on a connection that a session gets.
+    with bank.cluster.sessionmaker()() as session:
+        for shard in bank.numbers:
+            connection = session.connection(bind_arguments={"shard": shard})
+            assert connection.exec_driver_sql("SHOW lock_timeout").scalar() == "0"
 
 
 def test_killed_while_it_prepares(bank: Bank) -> None:

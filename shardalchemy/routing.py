@@ -7,6 +7,7 @@ parameters' values; the owners of those slots in the topology.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from shardalchemy.catalog import Topology
     from shardalchemy.planner import Analysis
+    from shardalchemy.planner.slots import SlotSet
+    from shardalchemy.planner.split import Split
     from shardalchemy.schema import Pin
     from shardalchemy.session import ShardedSession
 
@@ -41,12 +44,16 @@ class Destination(NamedTuple):
 
     ``shards`` holds the names, or one None: the home shard by SQLAlchemy's own rules.
     ``analysis`` is None where an option decided. ``params`` are the statement's, with
-    the shard key of an INSERT filled in.
+    the shard key of an INSERT filled in. ``split`` is there where the shards run pieces
+    of the statement; ``shards`` then has only that of the final one, and ``pieces`` the
+    shards of each piece, by its name.
     """
 
     shards: Sequence[str | None]
     analysis: Analysis | None
     params: Any
+    split: Split | None = None
+    pieces: Mapping[str, Sequence[str]] = EMPTY_DICT
 
 
 def destination(
@@ -83,11 +90,24 @@ def destination(
         if extracted is None or any(p.callable is not None for p in extracted):
             session._autoflush()
         slots = _slots(statement, analysis, extracted or (), params)
-    if slots is not None and len(slots) == 1:
+    if slots is not None and len(slots) == 1 and not analysis.at_home:
         (slot,) = slots
         return Destination((topology.owners[slot],), analysis, params)
     shards = _owners(topology, slots) or (_shard_at_hand(session, topology),)
-    if len(shards) > 1 and analysis.scatter_problem is not None:
+    needs_more = len(shards) > 1 and analysis.scatter_problem is not None
+    if needs_more or (analysis.at_home and shards != (topology.home,)):
+        if analysis.pieces is not None:
+            split = analysis.pieces.split()
+            pieces = {
+                piece.name: _owners(
+                    topology,
+                    _slots_in(statement, analysis, piece.slots, extracted or (), params),
+                )
+                for piece in split.pieces
+            }
+            working = [shard for some in pieces.values() for shard in some]
+            final = topology.home if split.at_home else (working or shards)[0]
+            return Destination((final,), analysis, params, split, pieces)
         raise UnsupportedQueryError(
             f"{analysis.scatter_problem} cannot be run on several shards"
             f" ({', '.join(shards)})."
@@ -150,6 +170,18 @@ def check_not_a_copy(statement: Any) -> None:
                 f"{table} is a reference table: a write on one shard would make its"
                 " copies differ. Leave out shard= and shard_key=."
             )
+
+
+def _slots_in(
+    statement: Any,
+    analysis: Analysis,
+    slots: SlotSet | None,
+    extracted: Sequence[Any],
+    params: Any,
+) -> set[int] | None:
+    """Return those of *slots* that an execution needs, or None for all."""
+    alone = dataclasses.replace(analysis, slots=(slots,), only_slots=slots)
+    return _slots(statement, alone, extracted, params)
 
 
 def _slots(

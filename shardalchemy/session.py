@@ -18,13 +18,15 @@ from sqlalchemy import Connection, Engine, Table, inspect
 from sqlalchemy.engine import IteratorResult
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.session import SessionTransactionOrigin
-from sqlalchemy.util import EMPTY_DICT, await_only
+from sqlalchemy.util import EMPTY_DICT, await_only, immutabledict
 
+from shardalchemy.assembly import COMPILED, OneCompiled, assemble
 from shardalchemy.engine import fanout
 from shardalchemy.errors import (
     ConfigurationError,
     UnsupportedQueryError,
 )
+from shardalchemy.explain import explained
 from shardalchemy.flush import RowConnections, order_new_by_shard
 from shardalchemy.routing import (
     check_not_a_copy,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from shardalchemy.cluster import Cluster
     from shardalchemy.commit import Ack
     from shardalchemy.planner import Analysis, Plan
+    from shardalchemy.routing import Destination
 
 __all__ = ["ShardedSession"]
 
@@ -92,6 +95,7 @@ class ShardedSession(Session):
         self._written_shards: set[str] = set()
         self._unfinished: dict[str, Any] = {}
         self._turns: list[Any] = []
+        self._began_at: str | None = None
         super().__init__(**options)
 
     @property
@@ -151,6 +155,7 @@ class ShardedSession(Session):
     def _forget_transaction(self) -> None:
         """Let others have the rows' turns; for `ShardedTransaction` at its end."""
         self._written_shards.clear()
+        self._began_at = None
         while self._turns:
             self._turns.pop().release()
 
@@ -220,7 +225,12 @@ class ShardedSession(Session):
         if hasattr(statement, "__clause_element__"):
             statement = statement.__clause_element__()
         options = how.get("execution_options", EMPTY_DICT)
-        shards, analysis, params = destination(self, statement, params, options)
+        if isinstance(options.get(COMPILED), OneCompiled):
+            # A loader's statement, with the options of the one that it loads for.
+            options = {k: v for k, v in options.items() if k != COMPILED}
+            how["execution_options"] = immutabledict(options)
+        where = destination(self, statement, params, options)
+        shards, analysis, params = where[:3]
 
         def run(shard: str | None) -> Any:
             if shard is not None:
@@ -228,6 +238,14 @@ class ShardedSession(Session):
                 return run_here(statement, params, **{**how, "bind_arguments": routed})
             return run_here(statement, params, **how)
 
+        if where.split is not None:
+
+            def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
+                routed = {**(bind_arguments or EMPTY_DICT), "shard": shard}
+                final = {"bind_arguments": routed, "execution_options": {**options, **extra}}
+                return run_here(made, given, **{**how, **final})
+
+            return self._run_split(statement, where, options, run_final)
         if len(shards) == 1:
             return self._run_routed(run, shards[0], analysis)
         scalar = how.pop("_scalar_result", False)
@@ -260,9 +278,8 @@ class ShardedSession(Session):
             # A reference table: home first, where writers of one row meet.
             results = [self._run_routed(run, shard, analysis) for shard in shards]
             return results[0]
+        self._autoflush_for(options)
         load = options.get("_sa_orm_load_options")
-        if options.get("autoflush", True) and (load is None or load._autoflush):
-            self._autoflush()
         connections = {
             shard: self._connection_for_bind(self._engines.of(shard))
             for shard in shards
@@ -276,6 +293,39 @@ class ShardedSession(Session):
         ):
             return results[0].merge(*results[1:])
         return _concatenated(results)
+
+    def _run_split(
+        self, statement: Any, where: Destination, options: Mapping[str, Any], run: Any
+    ) -> Any:
+        assert where.split is not None
+        self._autoflush_for(options)
+        own = getattr(statement, "_execution_options", EMPTY_DICT)
+        most_rows = {**own, **options}.get(
+            "gather_max_rows", self._cluster.gather_max_rows
+        )
+        with self.no_autoflush:
+            return assemble(
+                self,
+                where.split,
+                where.pieces,
+                str(where.shards[0]),
+                statement,
+                where.params,
+                most_rows,
+                run,
+            )
+
+    def _transaction_time(self, connection: Connection) -> str:
+        """Return when the transaction began, for all shards the same."""
+        if self._began_at is None:
+            moment = connection.exec_driver_sql("SELECT now()::text").scalar_one()
+            self._began_at = str(moment)
+        return self._began_at
+
+    def _autoflush_for(self, options: Mapping[str, Any]) -> None:
+        load = options.get("_sa_orm_load_options")
+        if options.get("autoflush", True) and (load is None or load._autoflush):
+            self._autoflush()
 
     def _shard_of_identity(self, mapper: Mapper[Any], ident: Any) -> str:
         return shard_of_identity(self._topology(), mapper, ident)
@@ -320,25 +370,8 @@ class ShardedSession(Session):
 
         Raises what executing it would raise before anything is sent.
         """
-        from shardalchemy.planner import Plan, PlanKind
-
-        shards, analysis, _ = destination(self, statement, params, execution_options)
-        topology = self._topology()
-        names = tuple(topology.home if s is None else s for s in shards)
-        if analysis is None:
-            why = "named by an execution option"
-        elif analysis.kind is Kind.HOME:
-            why = "its tables live on the home shard"
-        elif analysis.kind is Kind.REFERENCE:
-            why = "every shard has a copy of its reference tables"
-        elif len(names) == 1:
-            why = "owns every key that the statement pins"
-        elif None in analysis.slots:
-            why = "nothing pins the shard key"
-        else:
-            why = "owns some of the keys that the statement pins"
-        kind = PlanKind.ROUTE if len(names) == 1 else PlanKind.SCATTER
-        return Plan(kind, names, dict.fromkeys(names, why))
+        where = destination(self, statement, params, execution_options)
+        return explained(self, where)
 
     def lock_row(
         self,
@@ -392,9 +425,19 @@ class _RouteLast:
                 return result
         session: Any = state.session
         options = state.local_execution_options
-        shards, analysis, params = destination(
-            session, state.statement, state.parameters, options
-        )
+        where = destination(session, state.statement, state.parameters, options)
+        shards, analysis, params = where[:3]
+        if where.split is not None:
+
+            def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
+                return state.invoke_statement(
+                    statement=made,
+                    params=given,
+                    bind_arguments={"shard": shard},
+                    execution_options=extra,
+                )
+
+            return session._run_split(state.statement, where, options, run_final)
 
         def run(shard: str | None) -> Any:
             return state.invoke_statement(

@@ -15,6 +15,6 @@ Nothing here opens a connection.
 """
 
 from shardalchemy.planner.analysis import Analyser, Analysis
-from shardalchemy.planner.plan import Plan, PlanKind
+from shardalchemy.planner.plan import Plan, PlanKind, PlanPiece
 
-__all__ = ["Analyser", "Analysis", "Plan", "PlanKind"]
+__all__ = ["Analyser", "Analysis", "Plan", "PlanKind", "PlanPiece"]

@@ -3,14 +3,13 @@
 The statement is exact on one shard if every sharded element in it, in all subqueries,
 is restricted to slots which that shard owns: then all rows it can see are there, and
 any SQL means what it means on one server. It is exact on several shards, as a
-concatenation, if it is row-wise, its sharded elements are colocated, and each result
-row belongs to one shard. Anything else has a ``scatter_problem``.
+concatenation, if each result row belongs to one shard and nothing is done to all of
+them together. Anything else has a ``scatter_problem``, and a SELECT is split in pieces.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,26 +17,33 @@ from sqlalchemy import Delete, Insert, Update
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import CompoundSelect, Select
+from sqlalchemy.sql.selectable import (
+    CompoundSelect,
+    Select,
+    TableValuedAlias,
+    Values,
+)
 
 from shardalchemy.errors import UnsupportedQueryError
+from shardalchemy.planner.functions import Functions
+from shardalchemy.planner.layout import Layout, upper_clauses
 from shardalchemy.planner.names import Guard, Named, named
-from shardalchemy.planner.pins import restrictions, selects_a_pin
-from shardalchemy.planner.rowwise import why_not_rowwise
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.planner.slots import Arguments
+from shardalchemy.planner.splitting import split
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from sqlalchemy import Table
     from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.cache_key import CacheKey
 
     from shardalchemy.planner.pins import Restriction
-    from shardalchemy.planner.scopes import Element, Scope
+    from shardalchemy.planner.scopes import Element, Noted
     from shardalchemy.planner.slots import SlotSet
+    from shardalchemy.planner.split import Split
 
 __all__ = ["Analyser", "Analysis"]
 
@@ -51,8 +57,10 @@ class Analysis:
     ``kind`` is the most demanding kind of table in it. Of a sharded statement,
     ``slots`` has one set per sharded element, None where nothing restricts it;
     ``only_slots`` is the one set that decides alone, where there is one.
-    ``scatter_problem`` says why it cannot run on several shards. ``locks_copies`` says
-    that it locks rows of reference tables, which all sessions have to do on one shard.
+    ``scatter_problem`` says why it cannot run on several shards as it is; ``pieces``
+    then tells how else. ``at_home`` says that it reads home tables as well.
+    ``locks_copies`` says that it locks rows of reference tables, which all sessions
+    have to do on one shard.
     """
 
     kind: Kind
@@ -61,7 +69,9 @@ class Analysis:
     only_slots: SlotSet | None = None
     scatter_problem: str | None = None
     table: Table | None = None
+    at_home: bool = False
     locks_copies: bool = False
+    pieces: Pieces | None = None
 
     def needed_slots(
         self, extracted: Sequence[Any], given: Mapping[str, Any]
@@ -90,15 +100,35 @@ class Analysis:
         return found
 
 
+class Pieces:
+    """The pieces of a statement, made when first needed."""
+
+    def __init__(self, make: Callable[[], Split]) -> None:
+        self._make: Callable[[], Split] | None = make
+        self._made: Split | None = None
+
+    def split(self) -> Split:
+        """Return the pieces; raise UnsupportedQueryError where there are none."""
+        if self._made is None:
+            assert self._make is not None
+            self._made = self._make()
+            self._make = None
+        return self._made
+
+
 class Analyser:
     """Analyses statements, and remembers the analysis of each cache key.
 
     It is told which tables the servers hold sharded: textual SQL, or a ``Table`` that
-    was declared without saying so, must not address those unrouted.
+    was declared without saying so, must not address those unrouted. *ask* returns what
+    the servers say of their functions (``catalog.function_volatilities``).
     """
 
-    def __init__(self, capacity: int = 1024) -> None:
+    def __init__(
+        self, ask: Callable[[], Mapping[str, str]], capacity: int = 1024
+    ) -> None:
         self._guard = Guard()
+        self._functions = Functions(ask)
         self._dialect: Dialect | None = None
         self._capacity = capacity
         self._known: dict[Any, Analysis] = {}
@@ -156,7 +186,7 @@ class Analyser:
                 return Analysis(Kind.HOME)
             # What the ORM adds while it compiles may read other tables.
             try:
-                scopes, places = self._scopes(statement, key)
+                noted = self._noted(statement, key)
             except Exception as error:
                 logger.debug("left to SQLAlchemy, which will say why: %s", error)
                 return Analysis(Kind.HOME)
@@ -169,13 +199,10 @@ class Analyser:
         else:
             found.check_nested_writes()
             found.check_texts()
-            found.check_mixture()
-            scopes, places = self._scopes(statement, key)
-        return _of_scopes(statement, scopes, places, found)
+            noted = self._noted(statement, key)
+        return self._of_scopes(statement, noted, found)
 
-    def _scopes(
-        self, statement: Any, key: CacheKey | None
-    ) -> tuple[list[Scope], Mapping[int, int] | None]:
+    def _noted(self, statement: Any, key: CacheKey | None) -> Noted:
         if self._dialect is None:
             from sqlalchemy.dialects.postgresql import psycopg
 
@@ -202,13 +229,13 @@ class Analyser:
                     f"UPDATE of {table}.{column}: it says where the row lives. Load"
                     " the rows, delete them, and add copies with the new value."
                 )
-        scopes, places = self._scopes(statement, key)
-        analysis = _of_scopes(statement, scopes, places, found)
+        analysis = self._of_scopes(statement, self._noted(statement, key), found)
         return replace(
             analysis,
             writes=True,
             table=table,
             scatter_problem="an UPDATE or DELETE by criteria",
+            pieces=None,
         )
 
     def _of_insert(self, statement: Any, found: Named) -> Analysis:
@@ -230,54 +257,62 @@ class Analyser:
         problem = "an INSERT of rows of several shards"
         return Analysis(kind, writes=True, table=table, scatter_problem=problem)
 
-
-def _of_scopes(
-    statement: Any,
-    scopes: list[Scope],
-    places: Mapping[int, int] | None,
-    found: Named,
-) -> Analysis:
-    """Return the analysis of a statement from its scopes."""
-    elements = [element for scope in scopes for element in scope.elements]
-    _check_elements(elements)
-    tables = [e.table for e in elements if e.table is not None]
-    seen = Named(dict.fromkeys([*tables, *found.tables]), [], False)
-    seen.check_mixture()
-    restricted = restrictions(scopes, places)
-    kinds = seen.kinds
-    locks = _locks_copies(statement, kinds)
-    if not restricted:
-        if Kind.SHARDED in kinds:
+    def _of_scopes(self, statement: Any, noted: Noted, found: Named) -> Analysis:
+        """Return the analysis of a statement from its scopes."""
+        elements = [element for scope in noted.scopes for element in scope.elements]
+        _check_elements(elements)
+        tables = [e.table for e in elements if e.table is not None]
+        seen = Named(dict.fromkeys([*tables, *found.tables]), [], False)
+        layout = Layout(noted, self._functions)
+        kinds = seen.kinds
+        locks = _locks_copies(statement, kinds)
+        if not layout.found:
+            if Kind.SHARDED in kinds:
+                raise UnsupportedQueryError(
+                    f"where {seen.of_kind(Kind.SHARDED)} is read in this statement"
+                    " could not be made out. Select from it directly, or in a subquery."
+                )
+            kind = Kind.HOME if Kind.HOME in kinds or not kinds else Kind.REFERENCE
+            return Analysis(kind, locks_copies=locks)
+        if locks:
             raise UnsupportedQueryError(
-                f"where {seen.of_kind(Kind.SHARDED)} is read in this statement could"
-                " not be made out. Select from it directly, or in a subquery."
+                "FOR UPDATE over a sharded and a reference table would lock one shard's"
+                " copy of the latter. Say with_for_update(of=…) which rows are meant."
             )
-        kind = Kind.HOME if Kind.HOME in kinds or not kinds else Kind.REFERENCE
-        return Analysis(kind, locks_copies=locks)
-    if locks:
-        raise UnsupportedQueryError(
-            "FOR UPDATE over a sharded and a reference table would lock one shard's"
-            " copy of the latter. Say with_for_update(of=…) which rows are meant."
+        slots = {id(r.slots): r.slots for r in layout.found}
+        problem = _why_not_scattered(statement, layout)
+        pieces = None
+        if problem is not None or Kind.HOME in kinds:
+            why = problem or "a join with a home table"
+            pieces = Pieces(lambda: split(statement, layout, found, why))
+        return Analysis(
+            Kind.SHARDED,
+            slots=tuple(slots.values()),
+            only_slots=layout.found[0].slots if len(slots) == 1 else None,
+            scatter_problem=problem,
+            at_home=Kind.HOME in kinds,
+            pieces=pieces,
         )
-    slots = {id(r.slots): r.slots for r in restricted}
-    return Analysis(
-        Kind.SHARDED,
-        slots=tuple(slots.values()),
-        only_slots=restricted[0].slots if len(slots) == 1 else None,
-        scatter_problem=_why_not_scattered(scopes, restricted),
-    )
 
 
 def _check_elements(elements: Sequence[Element]) -> None:
     """Refuse FROM elements that read a table in a way that is not known here."""
     for element in elements:
         if element.table is None and element.subquery is None:
+            if _is_row_source(element.clause):
+                continue  # a function of columns, or a list of values
             inside = named(element.clause)
             if inside.kinds - {Kind.HOME}:
                 raise UnsupportedQueryError(
                     f"a {type(element.clause).__name__} of {inside.of_kind(*Kind)} in"
                     " FROM is not supported over several shards."
                 )
+
+
+def _is_row_source(clause: Any) -> bool:
+    if isinstance(clause, TableValuedAlias):
+        return isinstance(clause.element, FunctionElement)
+    return isinstance(clause, FunctionElement | Values)
 
 
 def _locks_copies(statement: Any, kinds: set[Kind]) -> bool:
@@ -293,47 +328,29 @@ def _locks_copies(statement: Any, kinds: set[Kind]) -> bool:
     )
 
 
-def _why_not_scattered(scopes: Sequence[Scope], found: list[Restriction]) -> str | None:
-    """Return what keeps a SELECT from being run on several shards, or None."""
-    top = scopes[0]
-    inner = [e.subquery for s in scopes for e in s.elements if e.subquery is not None]
-    if any(count > 1 for count in Counter(map(id, inner)).values()):
-        return "a CTE or subquery that is used more than once"
-    for scope in _above(scopes, found):
-        sharded = [r for r in found if r.scope is scope]
-        loader = scope is top and _is_relationship_load(scope.original)
-        problem = why_not_rowwise(
-            scope.select,
-            None if loader else scope.original,
-            distinct_by_shard=(
-                isinstance(scope.select, Select)
-                and scope.select._distinct is True
-                and selects_a_pin(scope, scopes)
-            ),
-        )
-        ordered = loader and bool(getattr(scope.original, "_order_by_clauses", ()))
-        if problem is None and ordered and not _ordered_within_parents(sharded, found):
+def _why_not_scattered(statement: Any, layout: Layout) -> str | None:
+    """Return what keeps a statement from being run on several shards as it is."""
+    root = layout.roots[0]
+    if isinstance(statement, Update | Delete):
+        return None
+    if root.compound:
+        return "a set operation"
+    loader = _is_relationship_load(root.original)
+    problem = layout.why_not_whole(root, ordered=not loader)
+    if problem is None and loader and _is_ordered(root.original):
+        sharded = [r for r in layout.found if r.scope is root]
+        if not _ordered_within_parents(sharded, layout.found):
             problem = "ORDER BY"
-        if problem is not None:
-            return problem
-        if scope is not top and not scope.as_from:
-            return "a subquery over sharded tables"
-        if scope.compound:
-            return "a set operation"
-        if scope.has_full_join:
-            return "a FULL JOIN"
-    return _why_not_colocated(scopes, found)
+    return (
+        problem
+        or layout.why_not_local(root)
+        or layout.functions.why_not_by_shard(upper_clauses(root))
+        or layout.tells_time
+    )
 
 
-def _above(scopes: Sequence[Scope], found: list[Restriction]) -> list[Scope]:
-    """Return every scope through which sharded rows come, and the outermost."""
-    needed = {id(scopes[0]): scopes[0]}
-    for restriction in found:
-        scope: Scope | None = restriction.scope
-        while scope is not None:
-            needed[id(scope)] = scope
-            scope = scope.parent
-    return list(needed.values())
+def _is_ordered(original: Any) -> bool:
+    return bool(getattr(original, "_order_by_clauses", ()))
 
 
 def _ordered_within_parents(
@@ -350,43 +367,6 @@ def _ordered_within_parents(
         or any(parent.group == r.group for parent in parents)
         for r in sharded
     )
-
-
-def _why_not_colocated(scopes: Sequence[Scope], found: list[Restriction]) -> str | None:
-    """Return why partners, or parts of a result row, may be on several shards."""
-    preserved = {r.group for r in found if not _blankable(r, scopes)}
-    if not preserved:
-        return "an outer join whose preserved side is a reference table"
-    together = set(preserved) if len(preserved) == 1 else set()
-    grown = True
-    while grown and together:
-        attached = {r.group for r in found if r.attached_to & together}
-        grown = not attached <= together
-        together |= attached
-    if any(r.group not in together for r in found):
-        tables = sorted({str(r.element.table) for r in found})
-        return f"a join of {' and '.join(tables)}, which is not on equal shard keys,"
-    return None
-
-
-def _blankable(restriction: Restriction, scopes: Sequence[Scope]) -> bool:
-    """Return whether a result row may lack a row of this element."""
-    if restriction.element.nullable:
-        return True
-    scope = restriction.scope
-    while scope.parent is not None:
-        holder = next(
-            (
-                e
-                for e in scope.parent.elements
-                if e.subquery is scope.original or e.subquery is scope.select
-            ),
-            None,
-        )
-        if holder is None or holder.nullable:
-            return True
-        scope = scope.parent
-    return False
 
 
 def _is_relationship_load(statement: Any) -> bool:

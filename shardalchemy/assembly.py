@@ -121,7 +121,7 @@ def assemble(
         "final",
         lambda dialect: sql.final(statement, types, split, dialect, key),
     )
-    statement, options = _with_compiled(statement, final)
+    statement, options = _with_compiled(statement, final, connections[final_shard])
     return run(final_shard, statement, given, options)
 
 
@@ -149,29 +149,45 @@ def _execute(
     connection: Connection, statement: Any, compiled: Any, params: Mapping[str, Any]
 ) -> Any:
     """Execute what was compiled for *statement*, with its parameters' values."""
-    statement, options = _with_compiled(statement, compiled)
+    statement, options = _with_compiled(statement, compiled, connection)
     return connection.execute(statement, params, execution_options=options)
 
 
-def _with_compiled(statement: Any, compiled: Any) -> tuple[Any, dict[str, Any]]:
+def _with_compiled(
+    statement: Any, compiled: Any, connection: Connection
+) -> tuple[Any, dict[str, Any]]:
     """Return a statement and execution options that run *compiled* in its place."""
     if compiled.cache_key is not None:
-        return statement, {COMPILED: OneCompiled(compiled)}
+        others = connection.engine._compiled_cache
+        return statement, {COMPILED: OneCompiled(compiled, others)}
     alone = statement._clone()
     alone._compiler = lambda *_, **__: compiled
     return alone, {}
 
 
 class OneCompiled:
-    """A cache of compiled statements that holds one, and no other is ever asked for."""
+    """A cache of compiled statements from which the first to be had is *compiled*.
 
-    __slots__ = ("_compiled",)
+    The statements of loaders, which may inherit the option, are then found in *others*.
+    """
 
-    def __init__(self, compiled: Any) -> None:
+    __slots__ = ("_compiled", "_others")
+
+    def __init__(self, compiled: Any, others: Any) -> None:
         self._compiled = compiled
+        self._others = {} if others is None else others
 
     def get(self, key: Any) -> Any:
-        """Return the one; *key* is SQLAlchemy's, with the statement's second."""
-        if key[1] != self._compiled.cache_key.key:
+        """Return what is compiled; *key* is SQLAlchemy's, with the statement's second.
+
+        The plan was made for one statement: that it is this one is made sure of.
+        """
+        compiled, self._compiled = self._compiled, None
+        if compiled is None:
+            return self._others.get(key)
+        if key[1] != compiled.cache_key.key:
             raise AssertionError("another statement was executed than was split")
-        return self._compiled
+        return compiled
+
+    def __setitem__(self, key: Any, compiled: Any) -> None:
+        self._others[key] = compiled

@@ -310,7 +310,7 @@ class _Final(_Worker):
             while rows is not None:
                 if hash(clause) == wanted:
                     return rows
-                if not isinstance(clause, Alias):
+                if alias is None or not isinstance(clause, Alias):
                     break
                 clause = clause.element
         return None

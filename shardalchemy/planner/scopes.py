@@ -346,7 +346,8 @@ def noted_scopes(
     places: dict[int, int] = {}
     names: dict[int, tuple[str, ...]] = {}
     for index, rendered in parameters_in(compiler, cache_key).items():
-        names[index] = tuple(compiler.bind_names[one] for one in rendered)
+        known = (compiler.bind_names.get(one) for one in rendered)
+        names[index] = tuple(dict.fromkeys(name for name in known if name))
         for one in rendered:
             places[id(one)] = index
     return Noted(compiler.scopes, places, names, orm_criteria)

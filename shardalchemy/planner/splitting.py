@@ -55,6 +55,7 @@ class _Splitting:
         self._found = found
         self._problem = problem
         self._split = Split(PlanKind.GATHER, layout.noted)
+        self._has_text = any(text != "*" for text in found.texts)
         self._used: dict[int, set[str]] = {}
         for scope in layout.noted.scopes:
             for source, name in scope.used:
@@ -178,7 +179,7 @@ class _Splitting:
         upper = upper_clauses(scope)
         if layout.why_not_local(scope) is not None or sub_selects(upper):
             return False
-        if self._found.texts:
+        if self._has_text:
             return False  # it may name any column
         names: dict[tuple[int, str], str] = {}
         columns: list[Any] = []
@@ -218,7 +219,7 @@ class _Splitting:
         source = element.clause
         used = self._used.get(hash(source), set())
         columns = [
-            c for c in source.c if c.name in used or self._found.texts
+            c for c in source.c if c.name in used or self._has_text
         ] or list(source.c)[:1]
         where = self._own_conditions(scope, element)
         restricted = next(r for r in self._layout.found if r.element is element)

@@ -9,6 +9,7 @@ connections, so it sees what the transaction itself has written.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import EMPTY_DICT
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy import Connection
+    from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.cache_key import CacheKey
 
+    from shardalchemy.planner import OwnKeys
     from shardalchemy.planner.split import ColumnType, Piece, Split
     from shardalchemy.session import ShardedSession
 
@@ -57,14 +60,15 @@ def assemble(
     statement: Any,
     params: Any,
     most_rows: int,
+    own: OwnKeys,
     run: Callable[[str, Any, Any, Mapping[str, Any]], Any],
 ) -> Any:
     """Return the result of *statement*, which *split* has in pieces.
 
     *shards* are those of each piece, by its name. ``run(shard, statement, params,
     options)`` executes on one shard as the session always does; with what it is given
-    here, that is the final statement. Raises UnsupportedQueryError where the pieces
-    have over *most_rows* rows.
+    here, that is the final statement. *own* has the keys of lists by shard. Raises
+    UnsupportedQueryError where the pieces have over *most_rows* rows.
     """
     from shardalchemy.planner import final as sql
 
@@ -83,18 +87,24 @@ def assemble(
     types = _types(split, connections[final_shard], statement, key, bounded)
     gathered = {piece.name: _Gathered() for piece in split.pieces}
 
+    def compile_fetch(piece: Piece, dialect: Dialect) -> Any:
+        return sql.fetch(piece, types[piece.name], split, dialect, key)
+
     def fetch(shard: str, connection: Connection) -> list[tuple[str, Any]]:
         answers = []
         for piece in split.pieces:
             if shard in shards[piece.name]:
-                compiled = split.compiled(
-                    connection.dialect,
-                    piece.name,
-                    lambda dialect, piece=piece: sql.fetch(
-                        piece, types[piece.name], split, dialect, key
-                    ),
+                compiled, lists = split.compiled(
+                    connection.dialect, piece.name, partial(compile_fetch, piece)
                 )
-                row = _execute(connection, statement, compiled, bounded).one()
+                # Of a long list of keys a shard needs those that it owns.
+                keys = {
+                    name: own[place][1].get(shard, [])
+                    for place, name in lists.items()
+                    if place in own
+                }
+                values = {**bounded, **keys}
+                row = _execute(connection, statement, compiled, values).one()
                 answers.append((piece.name, row))
         return answers
 

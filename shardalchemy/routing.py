@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
     from shardalchemy.catalog import Topology
-    from shardalchemy.planner import Analysis
+    from shardalchemy.planner import Analysis, OwnKeys
     from shardalchemy.planner.slots import SlotSet
     from shardalchemy.planner.split import Split
     from shardalchemy.schema import Pin
@@ -46,7 +46,9 @@ class Destination(NamedTuple):
     ``analysis`` is None where an option decided. ``params`` are the statement's, with
     the shard key of an INSERT filled in. ``split`` is there where the shards run pieces
     of the statement; ``shards`` then has only that of the final one, and ``pieces`` the
-    shards of each piece, by its name.
+    shards of each piece, by its name. ``own`` has the lists of keys of which each shard
+    is sent its own: by their place in the cache key, the name in the SQL and the values
+    by shard.
     """
 
     shards: Sequence[str | None]
@@ -54,6 +56,7 @@ class Destination(NamedTuple):
     params: Any
     split: Split | None = None
     pieces: Mapping[str, Sequence[str]] = EMPTY_DICT
+    own: OwnKeys = EMPTY_DICT
 
 
 def destination(
@@ -98,16 +101,18 @@ def destination(
     if needs_more or (analysis.at_home and shards != (topology.home,)):
         if analysis.pieces is not None:
             split = analysis.pieces.split()
+            values = extracted or ()
             pieces = {
                 piece.name: _owners(
                     topology,
-                    _slots_in(statement, analysis, piece.slots, extracted or (), params),
+                    _slots_in(statement, analysis, piece.slots, values, params),
                 )
                 for piece in split.pieces
             }
             working = [shard for some in pieces.values() for shard in some]
             final = topology.home if split.at_home else (working or shards)[0]
-            return Destination((final,), analysis, params, split, pieces)
+            own = _own_keys(statement, analysis, values, params, topology)
+            return Destination((final,), analysis, params, split, pieces, own)
         raise UnsupportedQueryError(
             f"{analysis.scatter_problem} cannot be run on several shards"
             f" ({', '.join(shards)})."
@@ -115,7 +120,25 @@ def destination(
             " locator), or send the statement to one shard with"
             " execution_options(shard_key=…) or execution_options(shard=…)."
         )
+    if len(shards) > 1 and analysis.lists and not analysis.writes:
+        own = _own_keys(statement, analysis, extracted or (), params, topology)
+        return Destination(shards, analysis, params, own=own)
     return Destination(shards, analysis, params)
+
+
+def _own_keys(
+    statement: Any,
+    analysis: Analysis,
+    extracted: Sequence[Any],
+    params: Any,
+    topology: Topology,
+) -> OwnKeys:
+    """Return the statement's lists of keys, divided by the shards that own them."""
+    if not analysis.lists or isinstance(params, list | tuple):
+        return {}
+    own = getattr(statement, "_params", None) or EMPTY_DICT
+    given = {**own, **(params or EMPTY_DICT)}
+    return analysis.own_keys(extracted, given, topology.owners)
 
 
 def _named_shard(

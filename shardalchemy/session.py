@@ -235,14 +235,18 @@ class ShardedSession(Session):
         def run(shard: str | None) -> Any:
             if shard is not None:
                 routed = {**(bind_arguments or EMPTY_DICT), "shard": shard}
-                return run_here(statement, params, **{**how, "bind_arguments": routed})
+                given = _with_own(params, where, shard)
+                return run_here(statement, given, **{**how, "bind_arguments": routed})
             return run_here(statement, params, **how)
 
         if where.split is not None:
 
             def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
                 routed = {**(bind_arguments or EMPTY_DICT), "shard": shard}
-                final = {"bind_arguments": routed, "execution_options": {**options, **extra}}
+                final = {
+                    "bind_arguments": routed,
+                    "execution_options": {**options, **extra},
+                }
                 return run_here(made, given, **{**how, **final})
 
             return self._run_split(statement, where, options, run_final)
@@ -312,6 +316,7 @@ class ShardedSession(Session):
                 statement,
                 where.params,
                 most_rows,
+                where.own,
                 run,
             )
 
@@ -394,6 +399,14 @@ class ShardedSession(Session):
         return row
 
 
+def _with_own(params: Any, where: Destination, shard: str) -> Any:
+    """Return a statement's parameters with no keys but those that *shard* owns."""
+    if not where.own:
+        return params
+    own = {name: keys.get(shard, []) for name, keys in where.own.values()}
+    return {**(params or EMPTY_DICT), **own}
+
+
 def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
     """Return the rows of all results as one.
 
@@ -440,8 +453,9 @@ class _RouteLast:
             return session._run_split(state.statement, where, options, run_final)
 
         def run(shard: str | None) -> Any:
+            given = params if shard is None else _with_own(params, where, shard)
             return state.invoke_statement(
-                params=None if params is state.parameters else params,
+                params=None if given is state.parameters else given,
                 bind_arguments=None if shard is None else {"shard": shard},
             )
 

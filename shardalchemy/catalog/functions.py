@@ -37,4 +37,4 @@ def function_volatilities(connection: Connection) -> dict[str, str]:
     ``unknown`` for an application's own function that is not immutable.
     """
     rows = connection.exec_driver_sql(_FUNCTIONS)
-    return {name: what for name, what in rows}
+    return dict(tuple(row) for row in rows)

@@ -14,7 +14,7 @@ values of its parameters are read for each execution. In the order a statement t
 Nothing here opens a connection.
 """
 
-from shardalchemy.planner.analysis import Analyser, Analysis
+from shardalchemy.planner.analysis import Analyser, Analysis, OwnKeys
 from shardalchemy.planner.plan import Plan, PlanKind, PlanPiece
 
-__all__ = ["Analyser", "Analysis", "Plan", "PlanKind", "PlanPiece"]
+__all__ = ["Analyser", "Analysis", "OwnKeys", "Plan", "PlanKind", "PlanPiece"]

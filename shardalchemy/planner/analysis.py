@@ -10,6 +10,7 @@ them together. Anything else has a ``scatter_problem``, and a SELECT is split in
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from shardalchemy.planner.splitting import split
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sqlalchemy import Table
     from sqlalchemy.engine import Dialect
@@ -42,12 +43,16 @@ if TYPE_CHECKING:
 
     from shardalchemy.planner.pins import Restriction
     from shardalchemy.planner.scopes import Element, Noted
-    from shardalchemy.planner.slots import SlotSet
+    from shardalchemy.planner.slots import SlotSet, Value
     from shardalchemy.planner.split import Split
 
-__all__ = ["Analyser", "Analysis"]
+__all__ = ["Analyser", "Analysis", "OwnKeys"]
 
 logger = logging.getLogger(__name__)
+
+OwnKeys = Mapping[int, tuple[str, Mapping[str, list[Any]]]]
+"""Lists of keys divided by shard: by their parameter's place in the cache key, its name
+in the SQL and the values of each shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,8 @@ class Analysis:
     ``scatter_problem`` says why it cannot run on several shards as it is; ``pieces``
     then tells how else. ``at_home`` says that it reads home tables as well.
     ``locks_copies`` says that it locks rows of reference tables, which all sessions
-    have to do on one shard.
+    have to do on one shard. ``lists`` are lists of keys of which a shard needs no
+    others than its own, each with the parameter's name in the SQL.
     """
 
     kind: Kind
@@ -72,6 +78,7 @@ class Analysis:
     at_home: bool = False
     locks_copies: bool = False
     pieces: Pieces | None = None
+    lists: tuple[tuple[str, Value], ...] = ()
 
     def needed_slots(
         self, extracted: Sequence[Any], given: Mapping[str, Any]
@@ -81,13 +88,8 @@ class Analysis:
         *extracted* are the parameters of the statement's cache key, *given* those that
         are passed beside it, by name.
         """
-        if given:
-            known = {parameter.key for parameter in extracted}
-            if self.table is not None:
-                known.update(self.table.c.keys())
-            if not known.issuperset(given):
-                # It may stand for a parameter by the name it has in the SQL.
-                return None
+        if given and not self._knows(extracted, given):
+            return None
         arguments = Arguments(extracted, given)
         if self.only_slots is not None:
             return self.only_slots.evaluate(arguments)
@@ -97,6 +99,33 @@ class Analysis:
             if some is None:
                 return None
             found |= some
+        return found
+
+    def _knows(self, extracted: Sequence[Any], given: Mapping[str, Any]) -> bool:
+        """Return whether it is known for which parameters values are given.
+
+        One that is not may stand for a parameter by the name it has in the SQL.
+        """
+        known = {parameter.key for parameter in extracted}
+        if self.table is not None:
+            known.update(self.table.c.keys())
+        return known.issuperset(given)
+
+    def own_keys(
+        self,
+        extracted: Sequence[Any],
+        given: Mapping[str, Any],
+        owners: Sequence[str],
+    ) -> OwnKeys:
+        """Return the lists of keys, divided by the shards that own them."""
+        if given and not self._knows(extracted, given):
+            return {}
+        arguments = Arguments(extracted, given)
+        found = {}
+        for name, value in self.lists:
+            divided = value.by_owner(arguments, owners)
+            if divided is not None and value.index is not None:
+                found[value.index] = (name, divided)
         return found
 
 
@@ -292,7 +321,21 @@ class Analyser:
             scatter_problem=problem,
             at_home=Kind.HOME in kinds,
             pieces=pieces,
+            lists=_own_lists(noted, slots.values()),
         )
+
+
+def _own_lists(
+    noted: Noted, slots: Iterable[SlotSet | None]
+) -> tuple[tuple[str, Value], ...]:
+    """Return the lists of keys that stand in one ``key IN (…)`` and nowhere else."""
+    found = {}
+    for one in slots:
+        for value in () if one is None else one.lists():
+            names = (noted.names or {}).get(value.index or 0, ())
+            if len(names) == 1:
+                found[names[0]] = value
+    return tuple(found.items())
 
 
 def _check_elements(elements: Sequence[Element]) -> None:

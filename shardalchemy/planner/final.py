@@ -26,7 +26,7 @@ from sqlalchemy.types import NullType
 
 from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.planner.functions import TRANSACTION_TIMES
-from shardalchemy.planner.scopes import Noting, noting
+from shardalchemy.planner.scopes import Noting, noting, parameter_names
 from shardalchemy.planner.split import ColumnType, Rows
 
 if TYPE_CHECKING:
@@ -112,10 +112,12 @@ def fetch(
     split: Split,
     dialect: Dialect,
     key: CacheKey | None,
-) -> Any:
+) -> tuple[Any, dict[int, str]]:
     """Return what fetches a piece's rows from one shard, compiled.
 
     One row: the number of rows, and an array literal for each column, NULL for none.
+    The second value has the names, in the SQL, of the parameters of the cache key that
+    are rendered once.
     """
     bounded = piece.select
     if bounded._limit_clause is None and bounded._fetch_clause is None:
@@ -131,9 +133,10 @@ def fetch(
         )
         for c, type_ in zip(source.c, types, strict=True)
     ]
-    return _compiled(
-        select(func.count(), *arrays).select_from(source), split, dialect, key
-    )
+    counted = select(func.count(), *arrays).select_from(source)
+    compiled = _compiled(counted, split, dialect, key)
+    names = {} if key is None else parameter_names(compiled, key)
+    return compiled, {i: some[0] for i, some in names.items() if len(some) == 1}
 
 
 def final(
@@ -219,7 +222,7 @@ class _Final(_Worker):
     def _next_index(self) -> int:
         return len(self.scopes) + self._skipped
 
-    def visit_select(self, select_stmt: Any, asfrom: bool = False, **kw: Any) -> Any:
+    def visit_select(self, select_stmt: Any, asfrom: bool = False, **kw: Any) -> Any:  # type: ignore[override]
         replaced = self._split.final.selects.get(self._next_index())
         if replaced is None:
             return super().visit_select(select_stmt, asfrom=asfrom, **kw)
@@ -277,7 +280,7 @@ class _Final(_Worker):
             if (scope.index, place) in self._split.final.elements
         )
 
-    def visit_table(
+    def visit_table(  # type: ignore[override]
         self, table: Any, asfrom: bool = False, enclosing_alias: Any = None, **kw: Any
     ) -> Any:
         if asfrom and isinstance(table, Rows):

@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "expressions_of", "upper_clauses"]
 
 _BY_ORDER = frozenset(
-    "array_agg string_agg json_agg jsonb_agg json_object_agg jsonb_object_agg xmlagg"
-    " aggregate_strings first_value last_value nth_value row_number lag lead".split()
+    """
+    aggregate_strings array_agg first_value json_agg json_object_agg jsonb_agg
+    jsonb_object_agg lag last_value lead nth_value row_number string_agg xmlagg
+    """.split()  # noqa: SIM905
 )
 
 
@@ -251,9 +253,7 @@ class Layout:
             return next(r for r in self.found if r.element is outer.element)
         return None
 
-    def _anchored(
-        self, root: Scope
-    ) -> tuple[list[Restriction], list[Restriction]]:
+    def _anchored(self, root: Scope) -> tuple[list[Restriction], list[Restriction]]:
         """Return the anchors of *root*, and the elements that are not with them."""
         sharded = self.sharded_in(root)
         firm = [r for r in sharded if not self._may_lack(r, root)]
@@ -299,9 +299,7 @@ class Layout:
         return None
 
 
-def _unreached(
-    sharded: Sequence[Restriction], together: set[int]
-) -> list[Restriction]:
+def _unreached(sharded: Sequence[Restriction], together: set[int]) -> list[Restriction]:
     """Return the elements that nothing attaches to the groups *together*.
 
     *together* grows by the groups that are reached.

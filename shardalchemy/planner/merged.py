@@ -28,11 +28,10 @@ from shardalchemy.planner.replaced import (
 from shardalchemy.planner.split import Piece, Rows, worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from shardalchemy.planner.scopes import Scope
     from shardalchemy.planner.slots import SlotSet
-    from shardalchemy.planner.split import ColumnType
 
 __all__ = ["merged"]
 
@@ -85,9 +84,7 @@ def merged(
     distinct_on = [
         column_for(without_orm(c)) for c in getattr(original, "_distinct_on", ())
     ]
-    if None in distinct_on or (
-        original._distinct and not distinct_on and extra
-    ):
+    if None in distinct_on or (original._distinct and not distinct_on and extra):
         return None
     columns = [c.label(f"c{i}") for i, c in enumerate(bare)]
     columns += [c.label(f"s{i}") for i, c in enumerate(extra)]
@@ -105,9 +102,7 @@ def merged(
         clauses["_order_by_clauses"] = tuple(
             _modified(by_name[place].element, how) for place, how in order
         )
-    made = worker(
-        columns, scope.froms, original._where_criteria, **clauses, **limits
-    )
+    made = worker(columns, scope.froms, original._where_criteria, **clauses, **limits)
     piece = Piece(name, made, tuple(c.name for c in columns), slots, "finished rows")
     types = [c.type for c in columns]
 
@@ -132,7 +127,9 @@ def merged(
     return piece, merge
 
 
-def _ordering(clause: Any, outputs: Sequence[Any]) -> tuple[Any, tuple[Any, ...]] | None:
+def _ordering(
+    clause: Any, outputs: Sequence[Any]
+) -> tuple[Any, tuple[Any, ...]] | None:
     """Return an ORDER BY term as its expression and its modifiers, or None."""
     modifiers: list[Any] = []
     while True:

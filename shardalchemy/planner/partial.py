@@ -51,7 +51,7 @@ __all__ = ["combined", "functional_keys", "is_dedupable"]
 
 # Aggregates of aggregates: the same function again.
 _SAME = frozenset(
-    "min max bool_and bool_or every bit_and bit_or bit_xor any_value".split()
+    "any_value bit_and bit_or bit_xor bool_and bool_or every max min".split()  # noqa: SIM905
 )
 _REPEATABLE = _SAME - {"bit_xor", "any_value"}
 
@@ -116,9 +116,7 @@ def combined(
 
     def combine(told: Mapping[str, Sequence[ColumnType]]) -> Select[Any]:
         rows = Rows(piece, types)
-        named = dict(
-            zip(piece.columns, (t.name for t in told[name]), strict=True)
-        )
+        named = dict(zip(piece.columns, (t.name for t in told[name]), strict=True))
         write = parts.writer(rows, named)
         final: Any = select(
             *(
@@ -350,14 +348,12 @@ def _is_expression(element: Any) -> bool:
 def _is_textual(clause: Any) -> bool:
     return any(
         part.__visit_name__ in ("textclause", "textual_label_reference")
-        or (getattr(part, "is_literal", False) and part.name != "*")
+        or (getattr(part, "is_literal", False) and getattr(part, "name", None) != "*")
         for part in visitors.iterate(clause)
     )
 
 
-def _groups(
-    scope: Scope, by: Sequence[Any], functions: Functions
-) -> list[Any] | None:
+def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] | None:
     """Return the expressions by which the shards group, or None.
 
     Of GROUPING SETS, ROLLUP and CUBE, all that they mention: the finest groups.
@@ -432,6 +428,7 @@ def is_dedupable(scope: Scope, functions: Functions) -> bool:
                 if isinstance(a, UnaryExpression)
                 and a.operator is operators.distinct_op
             ]
-            if not distinct and part.name.lower() not in _REPEATABLE:
+            name = str(getattr(part, "name", "")).lower()
+            if not distinct and name not in _REPEATABLE:
                 return False
     return seen

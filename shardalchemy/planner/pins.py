@@ -142,7 +142,6 @@ class Resolver:
                 )
         return None
 
-
     def _is_same(self, place: Place, scope: Scope, expression: Any) -> bool:
         """Return whether *expression* names that place's column, of the same row."""
         other = self.place(expression, scope)

@@ -167,8 +167,8 @@ class _Expressions:
         if isinstance(part, FunctionElement):
             name = getattr(part, "name", "")
             what = "unknown" if is_custom(part) else self._functions.of_element(part)
-            allowed = ("immutable", "stable")
-            if what not in (allowed + ("aggregate",) if self._grouped else allowed):
+            is_value = what in ("immutable", "stable")
+            if not is_value and not (what == "aggregate" and self._grouped):
                 return f"the function {name}() in the columns"
         elif isinstance(part, FromClause):
             return "a whole row"

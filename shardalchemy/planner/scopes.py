@@ -49,6 +49,7 @@ __all__ = [
     "conjuncts",
     "noted_scopes",
     "noting",
+    "parameter_names",
     "parameters_in",
 ]
 
@@ -267,7 +268,8 @@ def _ids(elements: Iterable[Element]) -> frozenset[int]:
 
 def noting(dialect: Dialect, base: type[Noting] | None = None) -> type[Noting]:
     """Return the compiler of *dialect* that notes scopes, or does as *base* as well."""
-    return _noting(dialect.statement_compiler, base or Noting)
+    made: type[Noting] = _noting(dialect.statement_compiler, base or Noting)  # type: ignore[arg-type]
+    return made
 
 
 @cache
@@ -324,9 +326,7 @@ class Noted:
     orm_criteria: Any
 
 
-def noted_scopes(
-    statement: Any, dialect: Dialect, cache_key: CacheKey | None
-) -> Noted:
+def noted_scopes(statement: Any, dialect: Dialect, cache_key: CacheKey | None) -> Noted:
     """Compile *statement* and return its scopes.
 
     An UPDATE or DELETE is a scope as well, of its table and those it reads beside.
@@ -344,13 +344,23 @@ def noted_scopes(
     if cache_key is None:
         return Noted(compiler.scopes, None, None, orm_criteria)
     places: dict[int, int] = {}
-    names: dict[int, tuple[str, ...]] = {}
+    names = parameter_names(compiler, cache_key)
     for index, rendered in parameters_in(compiler, cache_key).items():
-        known = (compiler.bind_names.get(one) for one in rendered)
-        names[index] = tuple(dict.fromkeys(name for name in known if name))
         for one in rendered:
             places[id(one)] = index
     return Noted(compiler.scopes, places, names, orm_criteria)
+
+
+def parameter_names(compiled: Any, cache_key: CacheKey) -> dict[int, tuple[str, ...]]:
+    """Return the names in the SQL of each parameter of the cache key, by place.
+
+    As many as it is rendered times.
+    """
+    known = compiled.bind_names
+    return {
+        index: tuple(known[one] for one in rendered if one in known)
+        for index, rendered in parameters_in(compiled, cache_key).items()
+    }
 
 
 def parameters_in(

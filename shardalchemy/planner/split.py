@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Select, TableClause, column
 from sqlalchemy.util import EMPTY_DICT
 
-from shardalchemy.planner.plan import PlanKind
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from shardalchemy.planner.plan import PlanKind
     from shardalchemy.planner.scopes import Noted
     from shardalchemy.planner.slots import SlotSet
 

@@ -75,6 +75,15 @@ class _Splitting:
             for s in self._layout.noted.scopes
         ):
             self._refuse("FOR UPDATE would lock other rows than are returned")
+        for scope in self._layout.noted.scopes:
+            select = scope.select
+            if (
+                select._prefixes
+                or select._suffixes
+                or select._hints
+                or select._statement_hints
+            ):
+                self._refuse("a prefix, suffix or hint may be any SQL")
         reason = self._functions.why_not_once(
             [
                 *self._found.parts,
@@ -162,8 +171,10 @@ class _Splitting:
     def _names(self, scope: Scope) -> Sequence[str | None] | None:
         """Return the names by which a nested scope's columns are known outside."""
         if scope.compound:
-            return None if scope.parent is None or scope.as_from else (
-                [None] * len(scope.columns)
+            return (
+                None
+                if scope.parent is None or scope.as_from
+                else ([None] * len(scope.columns))
             )
         if not scope.as_from:
             return [None] * len(scope.columns)
@@ -218,9 +229,9 @@ class _Splitting:
             self._refuse("TABLESAMPLE samples each shard alone")
         source = element.clause
         used = self._used.get(hash(source), set())
-        columns = [
-            c for c in source.c if c.name in used or self._has_text
-        ] or list(source.c)[:1]
+        columns = [c for c in source.c if c.name in used or self._has_text] or list(
+            source.c
+        )[:1]
         where = self._own_conditions(scope, element)
         restricted = next(r for r in self._layout.found if r.element is element)
         piece = Piece(

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
-from conftest import TRUNCATE
-from shop_stage import plain
+from shop_stage import TRUNCATE, plain
 from sqlalchemy import Select, create_engine, insert, inspect, make_url, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker

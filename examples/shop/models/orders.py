@@ -72,7 +72,8 @@ class Order(Base):
 
     customer: Mapped[Customer] = relationship()
     lines: Mapped[list[OrderLine]] = relationship(
-        back_populates="order", order_by="OrderLine.product_name"
+        back_populates="order",
+        order_by="[OrderLine.product_name, OrderLine.product_id]",
     )
     payments: Mapped[list[Payment]] = relationship(
         back_populates="order", order_by="Payment.id"

@@ -93,7 +93,7 @@ def destination(
             f" ({', '.join(shards)})."
             " Pin every sharded table to one key (… == value on its shard key or a"
             " locator), or send the statement to one shard with"
-            " execution_options(shard_key=…) or execution_options(shard=…)."
+            " execution_options(shard_key=…) or execution_options(shard='…')."
         )
     return Destination(shards, analysis, params)
 

@@ -21,7 +21,8 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import CompoundSelect, Select
 
 from shardalchemy.errors import UnsupportedQueryError
-from shardalchemy.planner.names import Guard, Named, named
+from shardalchemy.planner.declared import Declared
+from shardalchemy.planner.names import Guard, Named, named, whole_text
 from shardalchemy.planner.pins import restrictions, selects_a_pin
 from shardalchemy.planner.rowwise import why_not_rowwise
 from shardalchemy.planner.scopes import noted_scopes
@@ -99,6 +100,7 @@ class Analyser:
 
     def __init__(self, capacity: int = 1024) -> None:
         self._guard = Guard()
+        self._declared = Declared()
         self._dialect: Dialect | None = None
         self._capacity = capacity
         self._known: dict[Any, Analysis] = {}
@@ -107,6 +109,11 @@ class Analyser:
         """Add tables, as ``schema.name``, to those that are known to be sharded."""
         self._guard = self._guard.with_names(names)
         self._known.clear()
+
+    def see(self, tables: Iterable[Table]) -> None:
+        """Learn what *tables*, and those beside them, are declared to be."""
+        if self._declared.see(tables):
+            self._known.clear()
 
     def analyse(self, statement: Any) -> tuple[Analysis, Sequence[Any] | None]:
         """Return the analysis of *statement* and its cache key's bound parameters.
@@ -137,7 +144,16 @@ class Analyser:
         if getattr(statement, "_is_lambda_element", False):
             statement = statement._resolved
         found = named(statement)
+        text = whole_text(statement)
+        if text is not None and self._guard.words_in(text.text):
+            # Imported by the first that needs it, for the parser takes a while.
+            from shardalchemy.planner.rawpins import analysis_of_text
+
+            return analysis_of_text(
+                text, self._compiling(), key, self._declared, self._guard
+            )
         self._guard.check(found)
+        self.see(t for t in found.tables if placement_of(t).kind is not Kind.HOME)
         if isinstance(statement, Insert):
             return self._of_insert(statement, found)
         if isinstance(statement, Update | Delete):
@@ -176,11 +192,14 @@ class Analyser:
     def _scopes(
         self, statement: Any, key: CacheKey | None
     ) -> tuple[list[Scope], Mapping[int, int] | None]:
+        return noted_scopes(statement, self._compiling(), key)
+
+    def _compiling(self) -> Dialect:
         if self._dialect is None:
             from sqlalchemy.dialects.postgresql import psycopg
 
             self._dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-        return noted_scopes(statement, self._dialect, key)
+        return self._dialect
 
     def _of_update(
         self, statement: Any, found: Named, key: CacheKey | None

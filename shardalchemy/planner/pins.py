@@ -38,7 +38,7 @@ from shardalchemy.schema import Kind, Pin, key_family, placement_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["Restriction", "restrictions", "selects_a_pin"]
+__all__ = ["Restriction", "compared_alike", "restrictions", "selects_a_pin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ def _pinned(
     if not isinstance(parameter, BindParameter):
         return
     wanted = operators.in_op if parameter.expanding else operators.eq
-    if clause.operator is not wanted or not _compared_alike(place.column, parameter):
+    if clause.operator is not wanted or not compared_alike(place.column, parameter):
         return
     if places is None:
         yield place, Value(place.pin.slot, None, parameter, parameter.expanding)
@@ -277,7 +277,7 @@ def _pinned_by_all(
         yield place, AnyOf(tuple(found[key][1] for found in per_branch))
 
 
-def _compared_alike(column: Column[Any], parameter: Any) -> bool:
+def compared_alike(column: Column[Any], parameter: Any) -> bool:
     """Return whether PostgreSQL compares the two in the column's own type."""
     if isinstance(column.type, TypeDecorator) or isinstance(
         parameter.type, TypeDecorator

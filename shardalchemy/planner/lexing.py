@@ -12,7 +12,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-__all__ = ["Lexed", "NotUnderstood", "lexed"]
+from shardalchemy.planner.rawwords import FUNCTIONS, OWN_SYNTAX
+
+__all__ = ["MARK", "Lexed", "NotUnderstood", "lexed"]
+
+MARK = "shardalchemy_"
+"""What is put before the name of a function, so that no parser knows better."""
 
 
 class NotUnderstood(Exception):
@@ -115,6 +120,10 @@ def lexed(compiled: str) -> Lexed:
         if kind == "word" and _PREFIXED.match(sql, match.start()):
             raise NotUnderstood(f"a string or name that begins with {token}")
         found.first = found.first or token.lower()
+        if token == "(" and _is_function(before):
+            plain[-1] = MARK + before
+            found.words[before.lower()] -= 1
+            found.words[plain[-1].lower()] += 1
         before = text
         raw.append(token)
         if text != ";":
@@ -122,6 +131,10 @@ def lexed(compiled: str) -> Lexed:
     found.sql = " ".join(plain)
     found.raw = " ".join(raw)
     return found
+
+
+def _is_function(word: str) -> bool:
+    return word.lower() in FUNCTIONS - OWN_SYNTAX
 
 
 def _end_of_comment(sql: str, at: int) -> int:
@@ -157,6 +170,8 @@ def _plain(kind: str, token: str, match: re.Match[str], found: Lexed) -> str:
         return f"${token[1:-1]}"
     if kind == "word":
         _check_length(token)
+        if token.lower().startswith(MARK):
+            raise NotUnderstood(f"the name {token}")
         found.words[token.lower()] += 1
         return token
     if kind == "quoted":

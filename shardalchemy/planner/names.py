@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Guard", "Named", "named", "whole_text"]
 
+_UNICODE = re.compile(r"\\(?:\+00([0-9a-f]{4})|([0-9a-f]{4}))")
 _WORDS = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*")
 
 
@@ -181,6 +182,8 @@ class Guard:
     def words_in(self, text: str) -> set[str]:
         """Return which of the names, without their schemas, plain SQL has in it."""
         lower = text.lower()
+        if 'u&"' in lower:  # a name whose letters are given by their numbers
+            lower = _UNICODE.sub(lambda m: chr(int(m[1] or m[2], 16)), lower).lower()
         hits = self._words & set(_WORDS.findall(lower))
         return hits | {name for name in self._odd_names if name in lower}
 

@@ -20,7 +20,7 @@ from shardalchemy.ids import locator_slot
 from shardalchemy.planner.analysis import Analysis
 from shardalchemy.planner.declared import elsewhere
 from shardalchemy.planner.pins import compared_alike
-from shardalchemy.planner.rawsql import Operand, Reading, Ref, Unread, read
+from shardalchemy.planner.rawsql import Unread, read
 from shardalchemy.planner.slots import UNKNOWN, AnyOf, Value, all_of
 from shardalchemy.ring import KEY_TYPES
 from shardalchemy.schema import Kind
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from shardalchemy.planner.declared import Declared
     from shardalchemy.planner.names import Guard
-    from shardalchemy.planner.rawsql import Scope
+    from shardalchemy.planner.rawscopes import Operand, Reading, Ref, Scope
     from shardalchemy.planner.slots import Arguments, SlotSet
     from shardalchemy.schema import Pin, Placement
 
@@ -229,14 +229,14 @@ class _Textual:
             for criterion in scope.criteria:
                 here = self._place(criterion.left, scope)
                 if isinstance(criterion.right, tuple):
-                    if here and _filtered(here, criterion.filters):
+                    if here and _filtered(here, scope, criterion.filters):
                         pinned.append((here, criterion.right))
                     continue
                 there = self._place(criterion.right, scope)
                 if not (here and there and _equal_alike(here, there)):
                     continue
                 for to, source in ((here, there), (there, here)):
-                    if _filtered(to, criterion.filters):
+                    if _filtered(to, scope, criterion.filters):
                         edges.append((to.element, source.element))
         rows = self._inserted(target)
         for place, operands in pinned:
@@ -423,8 +423,13 @@ class _Textual:
         )
 
 
-def _filtered(place: _Place, filters: frozenset[int]) -> bool:
-    return place.filters_inside and place.outermost in filters
+def _filtered(place: _Place, scope: Scope, filters: frozenset[int]) -> bool:
+    """Return whether a criterion in *scope* filters the rows behind *place*.
+
+    It filters none of a scope around, whose columns it may compare with.
+    """
+    inside = place.scope is scope and place.outermost in filters
+    return inside and place.filters_inside
 
 
 def _equal_alike(here: _Place, there: _Place) -> bool:

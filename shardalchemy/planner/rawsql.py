@@ -1,147 +1,32 @@
 """What plain SQL says: its tables, in which SELECT each is, and what it is held to.
 
-sqlglot parses the text, and an allow-list reads the tree: a statement, a clause, an
-expression or a function that is not on it makes the text `NotUnderstood`, as does
-anything that sqlglot did not keep. So what is read is all there is. `read` knows
-nothing of declarations; `rawpins` compares what it says with them.
+`lexing` cuts the text, sqlglot parses what is left, and `rawreader` reads the tree by
+an allow-list: a statement, a clause, an expression or a function that is not on it
+makes the text `Unread`, as does anything that sqlglot did not keep. So what is read is
+all there is. Nothing here knows of declarations; `rawpins` compares with them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlglot
-from sqlglot.dialects.postgres import Postgres
 
-from shardalchemy.planner.lexing import Lexed, NotUnderstood, lexed
-from shardalchemy.planner.rawwords import (
-    CLAUSES,
-    EXPRESSIONS,
-    FUNCTIONS,
-    NOISE,
-    SCALAR_FUNCTIONS,
-    TYPES,
-)
+from shardalchemy.planner.lexing import MARK, Lexed, NotUnderstood, lexed
+from shardalchemy.planner.rawreader import Reader
+from shardalchemy.planner.rawwords import NOISE
 
-__all__ = [
-    "Criterion",
-    "Operand",
-    "Reading",
-    "Ref",
-    "Scope",
-    "Source",
-    "Unread",
-    "read",
-]
+if TYPE_CHECKING:
+    from shardalchemy.planner.rawscopes import Reading
 
+__all__ = ["Unread", "read"]
+
+_MARK = re.compile(MARK, re.IGNORECASE)
 _PARAMETER = re.compile(r"\$(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """A value that a column is compared with: a parameter, or a constant.
-
-    ``cast`` is the type that it is cast to, as `TYPES` calls it, or None.
-    """
-
-    bind: str | None = None
-    constant: int | str | None = None
-    cast: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """A column as written; ``source`` is its place in the scope where that is known."""
-
-    column: str
-    qualifier: tuple[str, ...] = ()
-    source: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Criterion:
-    """``left`` equals ``right``, or one of its operands.
-
-    ``filters`` are the sources whose rows are left out where that is not true.
-    """
-
-    left: Ref
-    right: Ref | tuple[Operand, ...]
-    filters: frozenset[int]
-
-
-@dataclass(slots=True, eq=False)
-class Source:
-    """One item of a FROM clause.
-
-    ``table`` is a schema, or None, and a name; it is None for a subquery or CTE, and
-    ``scope`` is then the SELECT it reads, or None for a set operation.
-    """
-
-    alias: str
-    table: tuple[str | None, str] | None = None
-    scope: Scope | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Scope:
-    """One SELECT, UPDATE or DELETE.
-
-    ``outputs`` are its columns: a name with the column that it passes on, or None for
-    an expression; the name ``*`` stands for all. ``parent`` is the scope whose columns
-    it can also name. ``merged`` are the columns that USING has made one of, with the
-    source whose value they have.
-    """
-
-    parent: Scope | None
-    sources: list[Source] = field(default_factory=list)
-    criteria: list[Criterion] = field(default_factory=list)
-    outputs: list[tuple[str, Ref | None]] = field(default_factory=list)
-    merged: dict[str, int] = field(default_factory=dict)
-    not_rowwise: str | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Reading:
-    """What a text says.
-
-    ``target`` is the table that it writes to, ``assigned`` the columns that it sets.
-    ``rows`` are those of an INSERT … VALUES, with None for what is no plain value; it
-    is None for an INSERT of other kinds. ``not_rowwise`` says what keeps it from being
-    a SELECT of one table whose rows can be concatenated.
-    """
-
-    verb: str
-    lexed: Lexed
-    scopes: list[Scope] = field(default_factory=list)
-    target: tuple[str | None, str] | None = None
-    assigned: list[str] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
-    rows: list[list[Operand | None]] | None = None
-    locks: bool = False
-    not_rowwise: str | None = None
-
-    @property
-    def tables(self) -> list[tuple[str | None, str]]:
-        """The tables that it names, each once."""
-        read = [s.table for scope in self.scopes for s in scope.sources if s.table]
-        return list(dict.fromkeys([self.target, *read] if self.target else read))
-
-
-class _Plain(Postgres):
-    """PostgreSQL without sqlglot's knowledge of functions, which renames them."""
-
-    class Parser(Postgres.Parser):  # type: ignore[misc,valid-type]
-        FUNCTIONS: dict[str, Any] = {}  # noqa: RUF012
-        FUNCTION_PARSERS = {  # noqa: RUF012
-            name: parser
-            for name, parser in Postgres.Parser.FUNCTION_PARSERS.items()
-            if name in ("CAST", "EXTRACT", "SUBSTRING", "TRIM")
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +47,7 @@ def read(compiled: str) -> Reading | Unread:
     try:
         tokens = lexed(compiled)
         raw = tokens.raw
-        return _Reader(tokens).reading(_parsed(tokens))
+        return Reader(tokens).reading(_parsed(tokens))
     except NotUnderstood as problem:
         return Unread(str(problem), raw)
     except Exception as error:  # a tree of a shape that is not known here
@@ -174,17 +59,20 @@ def _parsed(tokens: Lexed) -> Any:
     if tokens.first not in ("select", "insert", "update", "delete", "with", "("):
         raise NotUnderstood(tokens.first.upper() or "no statement")
     try:
-        trees = sqlglot.parse(tokens.sql, dialect=_Plain)
+        trees = sqlglot.parse(tokens.sql, dialect="postgres")
         if len(trees) != 1 or trees[0] is None:
             raise NotUnderstood("several statements")
         tree: Any = trees[0]
-        written = tree.sql(dialect=_Plain, unsupported_level=sqlglot.ErrorLevel.RAISE)
+        written = tree.sql(
+            dialect="postgres", unsupported_level=sqlglot.ErrorLevel.RAISE
+        )
     except NotUnderstood:
         raise
     except Exception as error:
         first_line = str(error).partition("\n")[0].partition(". Line ")[0]
         raise NotUnderstood(f"what sqlglot does not parse: {first_line}") from error
-    again = lexed(_PARAMETER.sub(r"%(\1)s", written.replace("%", "%%")))
+    written = _MARK.sub("", written.replace("%", "%%"))
+    again = lexed(_PARAMETER.sub(r"%(\1)s", written))
     for kept, had in (
         (_telling(again.words), _telling(tokens.words)),
         (again.names, tokens.names),
@@ -198,440 +86,3 @@ def _parsed(tokens: Lexed) -> Any:
 
 def _telling(words: Counter[str]) -> Counter[str]:
     return Counter({w: n for w, n in words.items() if w not in NOISE})
-
-
-class _Reader:
-    """Reads one tree, scope by scope."""
-
-    def __init__(self, tokens: Lexed) -> None:
-        self._tokens = tokens
-        self._reading = Reading("select", tokens)
-
-    def reading(self, tree: Any) -> Reading:
-        found = self._reading
-        kind = type(tree).__name__
-        if kind in ("Insert", "Update", "Delete"):
-            found.verb = kind.lower()
-            getattr(self, f"_{found.verb}")(tree)
-            return found
-        top = self._query(tree, None, {})
-        if top is None:
-            found.not_rowwise = "a set operation"
-        elif len(found.scopes) > 1:
-            found.not_rowwise = "a subquery"
-        elif len(top.sources) != 1:
-            found.not_rowwise = "a join"
-        elif found.locks:
-            found.not_rowwise = "FOR UPDATE"
-        else:
-            found.not_rowwise = top.not_rowwise or self._foreign_function(tree)
-        return found
-
-    # -- queries ---------------------------------------------------------------------
-
-    def _query(
-        self, node: Any, parent: Scope | None, ctes: dict[str, Scope | None]
-    ) -> Scope | None:
-        """Read a SELECT, which is returned, or a set operation."""
-        kind = type(node).__name__
-        ctes = self._with(node, parent, ctes)
-        if kind == "Select":
-            return self._select(node, parent, ctes)
-        self._check(node)
-        if kind == "Subquery":
-            return self._query(node.this, parent, ctes)
-        if kind not in ("Union", "Intersect", "Except"):
-            raise NotUnderstood(f"{kind.upper()} as a query")
-        self._query(node.this, parent, ctes)
-        self._query(node.expression, parent, ctes)
-        aside = Scope(parent)
-        for part in ("order", "limit", "offset"):
-            self._value(node.args.get(part), aside, ctes)
-        return None
-
-    def _with(
-        self, node: Any, parent: Scope | None, ctes: dict[str, Scope | None]
-    ) -> dict[str, Scope | None]:
-        """Return the CTEs that *node* sees: those around it and its own."""
-        clause = node.args.get("with_")
-        if clause is None:
-            return ctes
-        self._check(clause)
-        seen = dict(ctes)
-        for cte in clause.expressions:
-            self._check(cte)
-            alias = cte.args["alias"]
-            if type(cte.this).__name__ not in (
-                "Select",
-                "Union",
-                "Intersect",
-                "Except",
-                "Subquery",
-            ):
-                raise NotUnderstood(f"{type(cte.this).__name__.upper()} in WITH")
-            inner = self._query(cte.this, parent, seen)
-            seen[_name(alias.this)] = None if alias.columns else inner
-        return seen
-
-    def _select(
-        self, node: Any, parent: Scope | None, ctes: dict[str, Scope | None]
-    ) -> Scope:
-        self._check(node)
-        scope = Scope(parent)
-        self._reading.scopes.append(scope)
-        from_ = node.args.get("from_")
-        if from_ is not None:
-            self._check(from_)
-            self._from(scope, [from_.this], node.args.get("joins") or [], ctes)
-        self._where(node, scope, ctes)
-        for lock in node.args.get("locks") or ():
-            self._check(lock)
-            self._reading.locks = True
-        self._outputs(node, scope)
-        for part in ("distinct", "group", "having", "order", "limit", "offset"):
-            self._value(node.args.get(part), scope, ctes)
-        for part in (*node.expressions, *(node.args.get("windows") or ())):
-            self._value(part, scope, ctes)
-        scope.not_rowwise = self._why_not_rowwise(node)
-        return scope
-
-    def _outputs(self, node: Any, scope: Scope) -> None:
-        for column in node.expressions:
-            name = _name(column.args["alias"]) if _is(column, "Alias") else ""
-            inner = column.this if name else column
-            if _is(inner, "Star") and not any(inner.args.values()):
-                scope.outputs.append(("*", Ref("*")))
-            elif _is(inner, "Column"):
-                ref = _ref(inner)
-                scope.outputs.append((name or ref.column, ref))
-            else:
-                scope.outputs.append((name, None))
-
-    def _why_not_rowwise(self, node: Any) -> str | None:
-        for part, clause in (
-            ("with_", "WITH"),
-            ("distinct", "DISTINCT"),
-            ("group", "GROUP BY"),
-            ("having", "HAVING"),
-            ("order", "ORDER BY"),
-            ("limit", "LIMIT"),
-            ("offset", "OFFSET"),
-            ("windows", "WINDOW"),
-        ):
-            if node.args.get(part):
-                return clause
-        for column in node.expressions:
-            problem = self._foreign_function(column)
-            if problem is not None:
-                return problem
-        return None
-
-    def _foreign_function(self, node: Any) -> str | None:
-        """Return what in an expression is not of one row's values alone."""
-        for part in node.walk():
-            kind: str = type(part).__name__
-            if kind == "Window":
-                return "a window function"
-            if kind == "Anonymous" and part.name.lower() not in SCALAR_FUNCTIONS:
-                return f"the function {part.name.lower()}()"
-            if kind.startswith(("Current", "Local", "Session")):
-                return kind
-        return None
-
-    # -- FROM and WHERE --------------------------------------------------------------
-
-    def _from(
-        self,
-        scope: Scope,
-        items: list[Any],
-        joins: list[Any],
-        ctes: dict[str, Scope | None],
-    ) -> None:
-        """Add the items of a FROM clause; what a comma parts is joined apart."""
-        left: list[int] = []
-        for item in items:
-            left = self._item(scope, item, ctes)
-        self._joins(scope, left, joins, ctes)
-
-    def _joins(
-        self,
-        scope: Scope,
-        left: list[int],
-        joins: list[Any],
-        ctes: dict[str, Scope | None],
-    ) -> list[int]:
-        every = list(left)
-        for join in joins:
-            self._check(join)
-            right = self._item(scope, join.this, ctes)
-            every += right
-            side, kind = (join.args.get(k) or "" for k in ("side", "kind"))
-            on, using = join.args.get("on"), join.args.get("using")
-            if not (side or kind or on or using):  # a comma
-                left = right
-                continue
-            if side not in ("", "LEFT", "RIGHT", "FULL") or kind not in (
-                "",
-                "INNER",
-                "OUTER",
-                "CROSS",
-            ):
-                raise NotUnderstood(f"{side} {kind} JOIN".strip())
-            both = [*left, *right]
-            filters = {"LEFT": right, "RIGHT": left, "FULL": []}.get(side, both)
-            self._criteria(on, scope, frozenset(filters))
-            self._value(on, scope, ctes)
-            for identifier in using or ():
-                self._using(scope, left, right, _name(identifier), side, filters)
-            left = both
-        return every
-
-    def _using(
-        self,
-        scope: Scope,
-        left: list[int],
-        right: list[int],
-        column: str,
-        side: str,
-        filters: list[int],
-    ) -> None:
-        if len(left) != 1 or len(right) != 1:
-            raise NotUnderstood("USING between more than two tables")
-        here, there = (Ref(column, source=s) for s in (left[0], right[0]))
-        scope.criteria.append(Criterion(here, there, frozenset(filters)))
-        if side in ("", "LEFT"):
-            scope.merged[column] = left[0]
-
-    def _item(
-        self, scope: Scope, node: Any, ctes: dict[str, Scope | None]
-    ) -> list[int]:
-        """Add one item of FROM, and return the places of its sources."""
-        kind = type(node).__name__
-        if kind not in ("Table", "Subquery"):
-            raise NotUnderstood(f"{kind.upper()} in FROM")
-        self._check(node)
-        alias = node.args.get("alias")
-        if alias is not None:
-            self._check(alias)
-        if kind == "Subquery" and _is(node.this, "Table"):
-            if alias is not None:
-                raise NotUnderstood("a name for a join")
-            inner = self._item(scope, node.this, ctes)
-            return self._joins(scope, inner, node.args.get("joins") or [], ctes)
-        name = "" if alias is None else _name(alias.this)
-        if kind == "Subquery":
-            source = Source(name, scope=self._query(node, scope.parent, ctes))
-        else:
-            schema, table = _table(node)
-            if schema is None and table in ctes:
-                source = Source(name or table, scope=ctes[table])
-            else:
-                source = Source(name or table, (schema, table))
-        scope.sources.append(source)
-        left = [len(scope.sources) - 1]
-        return self._joins(scope, left, node.args.get("joins") or [], ctes)
-
-    def _where(self, node: Any, scope: Scope, ctes: dict[str, Scope | None]) -> None:
-        where = node.args.get("where")
-        if where is not None:
-            self._check(where)
-            every = frozenset(range(len(scope.sources)))
-            self._criteria(where.this, scope, every)
-            self._value(where.this, scope, ctes)
-
-    def _criteria(self, node: Any, scope: Scope, filters: frozenset[int]) -> None:
-        """Add the comparisons that *node* joins by AND."""
-        kind = type(node).__name__
-        if kind == "And":
-            self._criteria(node.this, scope, filters)
-            self._criteria(node.expression, scope, filters)
-        elif kind == "Paren":
-            self._criteria(node.this, scope, filters)
-        elif kind == "EQ":
-            sides = (_bare(node.this), _bare(node.expression))
-            for here, there in (sides, sides[::-1]):
-                if not _is(here, "Column"):
-                    continue
-                if _is(there, "Column"):
-                    right: Any = _ref(there)
-                else:
-                    operand = self._operand(there)
-                    if operand is None:
-                        continue
-                    right = (operand,)
-                scope.criteria.append(Criterion(_ref(here), right, filters))
-                return
-        elif kind == "In" and _is(_bare(node.this), "Column"):
-            operands = [self._operand(_bare(one)) for one in node.expressions]
-            given = tuple(one for one in operands if one is not None)
-            if given and len(given) == len(operands):
-                ref = _ref(_bare(node.this))
-                scope.criteria.append(Criterion(ref, given, filters))
-
-    def _operand(self, node: Any) -> Operand | None:
-        """Return the plain value that *node* is, or None."""
-        kind = type(node).__name__
-        if kind == "Cast":
-            inner = self._operand(_bare(node.this))
-            to = node.args["to"]
-            if inner is None or inner.cast is not None or to.expressions:
-                return None
-            return Operand(inner.bind, inner.constant, to.this.name)
-        if kind == "Parameter":
-            return Operand(self._tokens.binds[int(node.this.this) - 1])
-        if kind == "Neg":
-            inner = self._operand(node.this)
-            if inner is None or type(inner.constant) is not int or inner.cast:
-                return None
-            return Operand(constant=-inner.constant)
-        if kind == "Literal":
-            if node.is_string:
-                value = self._tokens.strings[int(node.this[1:])]
-                return None if value is None else Operand(constant=value)
-            if node.this.isdecimal():
-                return Operand(constant=int(node.this))
-        return None
-
-    # -- writes ----------------------------------------------------------------------
-
-    def _insert(self, node: Any) -> None:
-        self._check(node)
-        ctes = self._with(node, None, {})
-        found = self._reading
-        schema = node.this
-        if not _is(schema, "Schema"):
-            raise NotUnderstood("INSERT without a list of its columns")
-        self._check(schema)
-        table = schema.this
-        self._check(table)
-        found.target = _table(table)
-        scope = Scope(None)
-        found.scopes.append(scope)
-        for column in schema.expressions:
-            if not _is(column, "Identifier"):
-                raise NotUnderstood("INSERT of a part of a column")
-            found.columns.append(_name(column))
-        source = node.args.get("expression")
-        if _is(source, "Values"):
-            self._check(source)
-            found.rows = []
-            for row in source.expressions:
-                values = row.expressions if _is(row, "Tuple") else [row]
-                found.rows.append([self._operand(_bare(v)) for v in values])
-                for value in values:
-                    self._value(value, scope, ctes)
-        elif source is None:
-            raise NotUnderstood("INSERT without VALUES")
-        else:
-            self._query(source, None, ctes)
-        conflict = node.args.get("conflict")
-        if conflict is not None:
-            self._check(conflict)
-            for key in conflict.args.get("conflict_keys") or ():
-                self._value(key, scope, ctes)
-            self._set(conflict.expressions, scope, ctes)
-            self._value(conflict.args.get("where"), scope, ctes)
-        self._value(node.args.get("returning"), scope, ctes)
-
-    def _update(self, node: Any) -> None:
-        scope, ctes = self._written(node)
-        from_ = node.args.get("from_")
-        if from_ is not None:
-            self._check(from_)
-            self._from(scope, [from_.this], [], ctes)
-        self._where(node, scope, ctes)
-        self._set(node.expressions, scope, ctes)
-        self._value(node.args.get("returning"), scope, ctes)
-
-    def _delete(self, node: Any) -> None:
-        scope, ctes = self._written(node)
-        self._from(scope, node.args.get("using") or [], [], ctes)
-        self._where(node, scope, ctes)
-        self._value(node.args.get("returning"), scope, ctes)
-
-    def _written(self, node: Any) -> tuple[Scope, dict[str, Scope | None]]:
-        """Return the scope of an UPDATE or DELETE, with its target as a source."""
-        self._check(node)
-        ctes = self._with(node, None, {})
-        scope = Scope(None)
-        self._reading.scopes.append(scope)
-        if not _is(node.this, "Table") or node.this.args.get("joins"):
-            raise NotUnderstood(f"the target of this {type(node).__name__.upper()}")
-        self._item(scope, node.this, {})
-        self._reading.target = scope.sources[0].table
-        return scope, ctes
-
-    def _set(
-        self, assignments: list[Any], scope: Scope, ctes: dict[str, Scope | None]
-    ) -> None:
-        for assignment in assignments:
-            if not (_is(assignment, "EQ") and _is(assignment.this, "Column")):
-                raise NotUnderstood("SET of several columns at once")
-            target = _ref(assignment.this)
-            if target.qualifier:
-                raise NotUnderstood("SET of a part of a column")
-            self._reading.assigned.append(target.column)
-            self._value(assignment.expression, scope, ctes)
-
-    # -- expressions -----------------------------------------------------------------
-
-    def _value(self, node: Any, scope: Scope, ctes: dict[str, Scope | None]) -> None:
-        """Check an expression, and read the queries in it."""
-        if node is None:
-            return
-        kind = type(node).__name__
-        if kind in ("Select", "Union", "Intersect", "Except", "Subquery"):
-            self._query(node, scope, ctes)
-            return
-        self._check(node, EXPRESSIONS)
-        if kind == "Anonymous":
-            name = node.args["this"]
-            if not isinstance(name, str) or name.lower() not in FUNCTIONS:
-                raise NotUnderstood(f"the function {node.name}()")
-        if kind == "DataType" and node.this.name not in TYPES:
-            raise NotUnderstood(f"the type {node.sql(dialect=_Plain)}")
-        for child in node.iter_expressions():
-            self._value(child, scope, ctes)
-
-    def _check(self, node: Any, known: dict[str, frozenset[str]] = CLAUSES) -> None:
-        """Raise NotUnderstood for a node, or a part of it, that is on no list."""
-        kind = type(node).__name__
-        parts = known.get(kind)
-        if parts is None:
-            raise NotUnderstood(kind.upper())
-        for part, value in node.args.items():
-            if value and part not in parts:
-                raise NotUnderstood(f"{part.strip('_').upper()} of {kind.upper()}")
-
-
-def _is(node: Any, kind: str) -> bool:
-    return type(node).__name__ == kind
-
-
-def _bare(node: Any) -> Any:
-    while _is(node, "Paren"):
-        node = node.this
-    return node
-
-
-def _name(identifier: Any) -> str:
-    """Return a name as PostgreSQL folds it."""
-    if not _is(identifier, "Identifier"):
-        raise NotUnderstood(f"{type(identifier).__name__.upper()} as a name")
-    name: str = identifier.this
-    return name if identifier.args.get("quoted") else name.lower()
-
-
-def _table(node: Any) -> tuple[str | None, str]:
-    if not _is(node.this, "Identifier"):
-        raise NotUnderstood(f"{type(node.this).__name__.upper()} in FROM")
-    schema = node.args.get("db")
-    return None if schema is None else _name(schema), _name(node.this)
-
-
-def _ref(column: Any) -> Ref:
-    qualifier = tuple(
-        _name(column.args[part]) for part in ("db", "table") if column.args.get(part)
-    )
-    star = _is(column.this, "Star")
-    return Ref("*" if star else _name(column.this), qualifier)

@@ -5,7 +5,15 @@ All of these are allow-lists. What is missing here is refused, never misread.
 
 from __future__ import annotations
 
-__all__ = ["CLAUSES", "EXPRESSIONS", "FUNCTIONS", "NOISE", "SCALAR_FUNCTIONS", "TYPES"]
+__all__ = [
+    "CLAUSES",
+    "EXPRESSIONS",
+    "FUNCTIONS",
+    "NOISE",
+    "OWN_SYNTAX",
+    "SCALAR_FUNCTIONS",
+    "TYPES",
+]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -116,7 +124,7 @@ SCALAR_FUNCTIONS = _words(
     abs age ascii btrim ceil ceiling char_length coalesce concat concat_ws date_bin
     date_part date_trunc floor format greatest initcap jsonb_build_object
     json_build_object jsonb_extract_path jsonb_extract_path_text least left length lower
-    lpad ltrim make_date md5 mod nullif position power replace reverse right round rpad
+    lpad ltrim make_date md5 mod nullif power replace reverse right round rpad
     rtrim sign split_part sqrt strpos substr substring to_char to_date to_number
     to_timestamp translate trim trunc upper
     """
@@ -139,6 +147,9 @@ FUNCTIONS = SCALAR_FUNCTIONS | _words(
     """
 )
 """Functions that read no tables, and change nothing."""
+
+OWN_SYNTAX = _words("substring trim")
+"""Those of them whose arguments may have words between them."""
 
 TYPES = _words(
     """

@@ -537,7 +537,7 @@ class Maker:
             column = "customer_id"
         other = f"{self.rng.choice(aliases)}.customer_id"
         kind = self.rng.random()
-        if kind < 0.45:
+        if kind < 0.3:
             return f"{column} = {self.key()}"
         if kind < 0.6:
             return f"{column} = {other}"
@@ -583,6 +583,9 @@ class Maker:
         where = [
             self.criterion(aliases, depth) for _ in range(self.rng.choice([0, 1, 1, 2]))
         ]
+        if self.rng.random() < 0.5:
+            pinned = self.rng.choice(aliases)
+            where.append(f"{pinned}.customer_id = {self.pick(':a', ':a', ':b')}")
         listed = f"{self.rng.choice(aliases)}.customer_id, {aliases[0]}.v"
         if columns and self.rng.random() < 0.3 and len(aliases) == 1:
             listed = self.pick("*", f"{aliases[0]}.*")

@@ -363,6 +363,13 @@ def test_what_pins_nothing(criterion: str) -> None:
         # An unqualified name in a subquery may be of a column that is not declared.
         "SELECT * FROM orders WHERE customer_id = 5 AND EXISTS"
         " (SELECT 1 FROM lines WHERE lines.v = customer_id)",
+        # A criterion within a subquery filters no rows around it.
+        "SELECT v FROM orders o WHERE NOT EXISTS (SELECT 1 FROM lines l WHERE"
+        " l.customer_id = o.customer_id AND l.customer_id = 5)",
+        "SELECT v FROM orders o WHERE NOT EXISTS"
+        " (SELECT 1 FROM lines l WHERE l.customer_id = 5 AND o.customer_id = 5)",
+        "SELECT v, EXISTS (SELECT 1 FROM lines l WHERE l.customer_id = 5"
+        " AND o.customer_id = l.customer_id) FROM orders o",
         "UPDATE orders SET v = 1",
         "UPDATE orders SET v = (SELECT max(v) FROM lines) WHERE customer_id = 5",
         "DELETE FROM orders USING lines WHERE orders.customer_id = 5",
@@ -413,6 +420,7 @@ def test_a_select_that_is_not_plain_is_not_scattered(tail: str) -> None:
         "SELECT body AS orders FROM notes WHERE body = 'orders' -- of orders",
         "WITH orders AS (SELECT * FROM notes) SELECT count(*) FROM orders",
         "INSERT INTO notes (orders) VALUES ('lines')",
+        "INSERT INTO rank (orders) VALUES (count('lines'))",
         "UPDATE notes SET body = $$orders$$ WHERE id = 1",
         "DELETE FROM notes WHERE body = 'countries'",
         'SELECT * FROM "Orders"',
@@ -490,6 +498,8 @@ def test_a_write_of_a_reference_table(sql: str) -> None:
         "SELECT * FROM orders o, LATERAL (SELECT 1) x WHERE customer_id = 5",
         "SELECT * FROM orders, generate_series(1, 3) WHERE customer_id = 5",
         "SELECT total(id) FROM orders WHERE customer_id = 5",
+        "SELECT shardalchemy_lower(v) FROM orders WHERE customer_id = 5",
+        "SELECT date_add(v, 1) FROM orders WHERE customer_id = 5",
         "SELECT s.lower(v) FROM orders WHERE customer_id = 5",
         'SELECT "LOWER"(v) FROM orders WHERE customer_id = 5',
         "SELECT query_to_xml('SELECT * FROM orders', true, true, '')",
@@ -500,6 +510,7 @@ def test_a_write_of_a_reference_table(sql: str) -> None:
         "SELECT * FROM orders WHERE customer_id OPERATOR(pg_catalog.=) 5",
         "SELECT * FROM orders WHERE customer_id = 5 AND v @@@ 3",
         "SELECT * FROM orders WHERE CURRENT OF c",
+        r'SELECT * FROM U&"ord\0065rs"',
         "SELECT U&'x' FROM orders WHERE customer_id = 5",
         "SELECT 'a' \n 'b' FROM orders WHERE customer_id = 5",
         "SELECT 'a\\' FROM orders WHERE customer_id = 5 --'",
@@ -620,6 +631,7 @@ print("sqlglot" in sys.modules)
         ("a::b%%2", "a :: b % 2"),
         ("%(p)s+%(q)s", "$1 + $2"),
         ("in (__[POSTCOMPILE_p])", "in ( $1 )"),
+        ("Min(a), f(a), in (b)", "shardalchemy_Min ( a ) , f ( a ) , in ( b )"),
         ("1.5e3,.5", "1.5e3 , .5"),
     ],
 )

@@ -201,6 +201,7 @@ class Cluster:
             for p in placements
             if p.kind is not Kind.HOME
         )
+        self._analyser.see(p.table for p in placements)
 
     # -- sessions --------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ def destination(
             f" ({', '.join(shards)})."
             " Pin every sharded table to one key (… == value on its shard key or a"
             " locator), or send the statement to one shard with"
-            " execution_options(shard_key=…) or execution_options(shard=…)."
+            " execution_options(shard_key=…) or execution_options(shard='…')."
         )
     if len(shards) > 1 and analysis.lists and not analysis.writes:
         own = _own_keys(statement, analysis, extracted or (), params, topology)

@@ -11,6 +11,10 @@ values of its parameters are read for each execution. In the order a statement t
 4. `analysis` joins these to an `Analysis`; `plan` resolves one, with parameter values
    and a topology, to a `Plan`.
 
+Plain SQL that names a sharded or reference table goes another way to the same end:
+`lexing` and sqlglot cut and parse it, `rawreader` reads the tree by an allow-list, and
+`rawpins` finds what restricts its tables (`rawsql` is where to begin reading).
+
 Nothing here opens a connection.
 """
 

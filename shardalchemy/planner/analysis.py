@@ -26,9 +26,10 @@ from sqlalchemy.sql.selectable import (
 )
 
 from shardalchemy.errors import UnsupportedQueryError
+from shardalchemy.planner.declared import Declared
 from shardalchemy.planner.functions import Functions
 from shardalchemy.planner.layout import Layout, upper_clauses
-from shardalchemy.planner.names import Guard, Named, named
+from shardalchemy.planner.names import Guard, Named, named, whole_text
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.planner.slots import Arguments
 from shardalchemy.planner.splitting import split
@@ -158,6 +159,7 @@ class Analyser:
     ) -> None:
         self._guard = Guard()
         self._functions = Functions(ask)
+        self._declared = Declared()
         self._dialect: Dialect | None = None
         self._capacity = capacity
         self._known: dict[Any, Analysis] = {}
@@ -166,6 +168,11 @@ class Analyser:
         """Add tables, as ``schema.name``, to those that are known to be sharded."""
         self._guard = self._guard.with_names(names)
         self._known.clear()
+
+    def see(self, tables: Iterable[Table]) -> None:
+        """Learn what *tables*, and those beside them, are declared to be."""
+        if self._declared.see(tables):
+            self._known.clear()
 
     def analyse(self, statement: Any) -> tuple[Analysis, Sequence[Any] | None]:
         """Return the analysis of *statement* and its cache key's bound parameters.
@@ -196,7 +203,16 @@ class Analyser:
         if getattr(statement, "_is_lambda_element", False):
             statement = statement._resolved
         found = named(statement)
+        text = whole_text(statement)
+        if text is not None and self._guard.words_in(text.text):
+            # Imported by the first that needs it, for the parser takes a while.
+            from shardalchemy.planner.rawpins import analysis_of_text
+
+            return analysis_of_text(
+                text, self._compiling(), key, self._declared, self._guard
+            )
         self._guard.check(found)
+        self.see(t for t in found.tables if placement_of(t).kind is not Kind.HOME)
         if isinstance(statement, Insert):
             return self._of_insert(statement, found)
         if isinstance(statement, Update | Delete):
@@ -232,11 +248,14 @@ class Analyser:
         return self._of_scopes(statement, noted, found)
 
     def _noted(self, statement: Any, key: CacheKey | None) -> Noted:
+        return noted_scopes(statement, self._compiling(), key)
+
+    def _compiling(self) -> Dialect:
         if self._dialect is None:
             from sqlalchemy.dialects.postgresql import psycopg
 
             self._dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-        return noted_scopes(statement, self._dialect, key)
+        return self._dialect
 
     def _of_update(
         self, statement: Any, found: Named, key: CacheKey | None

@@ -28,7 +28,7 @@ from sqlalchemy.sql.selectable import (
 )
 
 from shardalchemy.planner.functions import TRANSACTION_TIMES
-from shardalchemy.planner.pins import Resolver, compared_alike, restrictions
+from shardalchemy.planner.pins import Resolver, equal_is_same_slot, restrictions
 from shardalchemy.planner.rowwise import is_limited, why_not_rows, why_not_whole
 from shardalchemy.planner.slots import all_of
 from shardalchemy.schema import Kind, placement_of
@@ -245,7 +245,7 @@ class Layout:
                 or inner is None
                 or outer.blankable
                 or inner.blankable
-                or not compared_alike(outer, inner)
+                or not equal_is_same_slot(outer, inner)
                 or self.why_not_whole(scope) is not None
                 or self._anchored(scope)[1]
             ):

@@ -41,7 +41,14 @@ if TYPE_CHECKING:
 
     from shardalchemy.planner.functions import Functions
 
-__all__ = ["Place", "Resolver", "Restriction", "compared_alike", "restrictions"]
+__all__ = [
+    "Place",
+    "Resolver",
+    "Restriction",
+    "compared_alike",
+    "equal_is_same_slot",
+    "restrictions",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +249,7 @@ def _pinned(
     if not isinstance(parameter, BindParameter):
         return
     wanted = operators.in_op if parameter.expanding else operators.eq
-    if clause.operator is not wanted or not _compared_alike(place.column, parameter):
+    if clause.operator is not wanted or not compared_alike(place.column, parameter):
         return
     if places is None:
         yield place, Value(place.pin.slot, None, parameter, parameter.expanding)
@@ -279,7 +286,7 @@ def _pinned_by_all(
         yield place, AnyOf(tuple(found[key][1] for found in per_branch))
 
 
-def _compared_alike(column: Column[Any], parameter: Any) -> bool:
+def compared_alike(column: Column[Any], parameter: Any) -> bool:
     """Return whether PostgreSQL compares the two in the column's own type."""
     if isinstance(column.type, TypeDecorator) or isinstance(
         parameter.type, TypeDecorator
@@ -299,13 +306,13 @@ def _equalities(
         return
     left = resolver.place(clause.left, scope)
     right = resolver.place(clause.right, scope)
-    if left is None or right is None or not compared_alike(left, right):
+    if left is None or right is None or not equal_is_same_slot(left, right):
         return
     yield left, right
     yield right, left
 
 
-def compared_alike(left: Place, right: Place) -> bool:
+def equal_is_same_slot(left: Place, right: Place) -> bool:
     """Return whether two columns that are equal name the same slot."""
     types = (left.column.type, right.column.type)
     if any(isinstance(t, TypeDecorator) for t in types) and type(types[0]) is not type(

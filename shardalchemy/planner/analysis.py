@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Delete, Insert, Update
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.sql.elements import ClauseElement
-from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import CompoundSelect, Select
 
 from shardalchemy.errors import UnsupportedQueryError
@@ -26,6 +25,7 @@ from shardalchemy.planner.pins import restrictions, selects_a_pin
 from shardalchemy.planner.rowwise import why_not_rowwise
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.planner.slots import Arguments
+from shardalchemy.planner.written import unlike_copies, unlike_rows, unlike_shards
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
@@ -204,18 +204,21 @@ class Analyser:
                 )
         scopes, places = self._scopes(statement, key)
         analysis = _of_scopes(statement, scopes, places, found)
-        return replace(
-            analysis,
-            writes=True,
-            table=table,
-            scatter_problem="an UPDATE or DELETE by criteria",
-        )
+        sharded = restrictions(scopes, places)
+        problem = unlike_shards(statement, scopes, found, sharded)
+        return replace(analysis, writes=True, table=table, scatter_problem=problem)
 
     def _of_insert(self, statement: Any, found: Named) -> Analysis:
         table = found.target(statement)
         kind = placement_of(table).kind
         found.check_nested_writes()
-        read = {placement_of(t).kind for t in found.tables if t is not table}
+        # The ORM's RETURNING names the tables of a class that it inserts into as well.
+        subject = statement._propagate_attrs.get("plugin_subject")
+        own = {table} if subject is None else {table, *subject.mapper.tables}
+        read = {placement_of(t).kind for t in found.tables if t not in own}
+        for part in found.parts:
+            if isinstance(part, Select | CompoundSelect):
+                read |= named(part).kinds
         selects = statement.select is not None
         if Kind.SHARDED in read or (selects and kind is Kind.SHARDED):
             raise UnsupportedQueryError(
@@ -227,7 +230,7 @@ class Analyser:
             found.check_texts()
         if kind is Kind.REFERENCE:
             _check_deterministic(statement, table, found)
-        problem = "an INSERT of rows of several shards"
+        problem = unlike_rows(found)
         return Analysis(kind, writes=True, table=table, scatter_problem=problem)
 
 
@@ -406,25 +409,10 @@ def _assigned(statement: Any) -> Iterator[Any]:
 def _check_deterministic(statement: Any, table: Table, found: Named) -> None:
     """Refuse a write to a reference table that its copies might evaluate unlike."""
     others = [t for t in found.tables if placement_of(t).kind is not Kind.REFERENCE]
-    if (
-        others
-        or found.texts
-        or any(isinstance(p, FunctionElement) for p in found.parts)
-    ):
+    problem = unlike_copies(found, one_row=isinstance(statement, Insert))
+    if others or problem:
         raise UnsupportedQueryError(
-            f"a write to the reference table {table} runs on every shard, and a"
-            " function, plain SQL or another table in it may give each copy another"
-            " value. Compute the values first, or change the objects through the"
-            " session."
+            f"a write to the reference table {table} runs on every shard, and"
+            f" {problem or 'another table in it'} may give each copy another value."
+            " Compute the values first, or change the objects through the session."
         )
-    if isinstance(statement, Update):
-        assigned = {getattr(c, "key", c) for c in _assigned(statement)}
-        for column in table.c:
-            if (column.onupdate or column.server_onupdate) and (
-                column.key not in assigned
-            ):
-                raise UnsupportedQueryError(
-                    f"UPDATE of the reference table {table} without {column.name}: its"
-                    " onupdate would give each copy another value. Set it, or change"
-                    " the objects through the session."
-                )

@@ -21,6 +21,7 @@ from sqlalchemy.orm.session import SessionTransactionOrigin
 from sqlalchemy.util import EMPTY_DICT, await_only, immutabledict
 
 from shardalchemy.assembly import COMPILED, OneCompiled, assemble
+from shardalchemy.bulk import save_in_bulk
 from shardalchemy.engine import fanout
 from shardalchemy.errors import (
     ConfigurationError,
@@ -35,6 +36,7 @@ from shardalchemy.routing import (
 )
 from shardalchemy.schema import Kind, placement_of
 from shardalchemy.transaction import ShardedTransaction
+from shardalchemy.writes import run_write, write_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from shardalchemy.commit import Ack
     from shardalchemy.planner import Analysis, Plan
     from shardalchemy.routing import Destination
+    from shardalchemy.writes import Part
 
 __all__ = ["ShardedSession"]
 
@@ -92,6 +95,7 @@ class ShardedSession(Session):
         self._names = self._engines.names
         self._ack: Ack = ack or cluster.ack
         self._routed: str | None = None
+        self._copies: Any = None
         self._written_shards: set[str] = set()
         self._unfinished: dict[str, Any] = {}
         self._turns: list[Any] = []
@@ -229,6 +233,9 @@ class ShardedSession(Session):
             # A loader's statement, with the options of the one that it loads for.
             options = {k: v for k, v in options.items() if k != COMPILED}
             how["execution_options"] = immutabledict(options)
+        write = write_of(statement)
+        if write is not None:
+            return self._execute_write(write, params, how)
         where = destination(self, statement, params, options)
         shards, analysis, params = where[:3]
 
@@ -255,6 +262,21 @@ class ShardedSession(Session):
         scalar = how.pop("_scalar_result", False)
         own = getattr(statement, "_execution_options", EMPTY_DICT)
         result = self._run_on_all(run, shards, analysis, {**own, **options})
+        return result.scalar() if scalar else result
+
+    def _execute_write(self, statement: Any, params: Any, how: dict[str, Any]) -> Any:
+        run_here = super()._execute_internal
+        scalar = how.pop("_scalar_result", False)
+        options = how.get("execution_options", EMPTY_DICT)
+        bind_arguments = how.get("bind_arguments") or EMPTY_DICT
+
+        def run(shard: str | None, part: Part) -> Any:
+            own = {**how, "execution_options": {**options, **part.options}}
+            if shard is not None:
+                own["bind_arguments"] = {**bind_arguments, "shard": shard}
+            return run_here(part.statement, part.params, **own)
+
+        result = run_write(self, statement, params, options, run)
         return result.scalar() if scalar else result
 
     def _run_routed(
@@ -357,10 +379,10 @@ class ShardedSession(Session):
         finally:
             self.connection_callable = callable_
 
-    def _bulk_save_mappings(self, *args: Any, **kw: Any) -> Any:
+    def _bulk_save_mappings(self, mapper: Any, mappings: Any, **how: Any) -> None:
         # SQLAlchemy refuses these to sessions that choose a connection for each row.
         with self._outside_of_flush():
-            return super()._bulk_save_mappings(*args, **kw)
+            save_in_bulk(self, super()._bulk_save_mappings, mapper, mappings, how)
 
     # -- beyond Session ----------------------------------------------------------------
 
@@ -425,6 +447,26 @@ def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
     return whole
 
 
+def _invoking(state: ORMExecuteState) -> Any:
+    """Return what runs a part of a write as *state*'s own statement."""
+    given = state.parameters
+
+    def run(shard: str | None, part: Part) -> Any:
+        # invoke_statement() would add parameters to those there are. It reads them
+        # before anything is sent, and so before another shard's turn.
+        state.parameters = part.params
+        try:
+            return state.invoke_statement(
+                statement=part.statement,
+                execution_options=part.options or None,
+                bind_arguments=None if shard is None else {"shard": shard},
+            )
+        finally:
+            state.parameters = given
+
+    return run
+
+
 class _RouteLast:
     """A ``do_orm_execute`` listener that comes after the application's own."""
 
@@ -438,6 +480,11 @@ class _RouteLast:
                 return result
         session: Any = state.session
         options = state.local_execution_options
+        write = write_of(state.statement)
+        if write is not None:
+            return run_write(
+                session, write, state.parameters, options, _invoking(state)
+            )
         where = destination(session, state.statement, state.parameters, options)
         shards, analysis, params = where[:3]
         if where.split is not None:

@@ -33,6 +33,7 @@ from shardalchemy.planner.names import Guard, Named, named, whole_text
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.planner.slots import Arguments
 from shardalchemy.planner.splitting import split
+from shardalchemy.planner.written import unlike_copies, unlike_rows, unlike_shards
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ class Analyser:
             found.check_nested_writes()
             found.check_texts()
             noted = self._noted(statement, key)
-        return self._of_scopes(statement, noted, found)
+        return self._of_layout(statement, Layout(noted, self._functions), found)
 
     def _noted(self, statement: Any, key: CacheKey | None) -> Noted:
         return noted_scopes(statement, self._compiling(), key)
@@ -277,20 +278,30 @@ class Analyser:
                     f"UPDATE of {table}.{column}: it says where the row lives. Load"
                     " the rows, delete them, and add copies with the new value."
                 )
-        analysis = self._of_scopes(statement, self._noted(statement, key), found)
+        layout = Layout(self._noted(statement, key), self._functions)
+        analysis = self._of_layout(statement, layout, found)
+        if analysis.at_home:
+            found.check_mixture()
+            raise UnsupportedQueryError(
+                f"what is added to this write of {table} reads a home table; one"
+                " statement cannot see both."
+            )
+        problem = unlike_shards(statement, layout.noted.scopes, found, layout.found)
         return replace(
-            analysis,
-            writes=True,
-            table=table,
-            scatter_problem="an UPDATE or DELETE by criteria",
-            pieces=None,
+            analysis, writes=True, table=table, scatter_problem=problem, pieces=None
         )
 
     def _of_insert(self, statement: Any, found: Named) -> Analysis:
         table = found.target(statement)
         kind = placement_of(table).kind
         found.check_nested_writes()
-        read = {placement_of(t).kind for t in found.tables if t is not table}
+        # The ORM's RETURNING names the tables of a class that it inserts into as well.
+        subject = statement._propagate_attrs.get("plugin_subject")
+        own = {table} if subject is None else {table, *subject.mapper.tables}
+        read = {placement_of(t).kind for t in found.tables if t not in own}
+        for part in found.parts:
+            if isinstance(part, Select | CompoundSelect):
+                read |= named(part).kinds
         selects = statement.select is not None
         if Kind.SHARDED in read or (selects and kind is Kind.SHARDED):
             raise UnsupportedQueryError(
@@ -302,16 +313,16 @@ class Analyser:
             found.check_texts()
         if kind is Kind.REFERENCE:
             _check_deterministic(statement, table, found)
-        problem = "an INSERT of rows of several shards"
+        problem = unlike_rows(found)
         return Analysis(kind, writes=True, table=table, scatter_problem=problem)
 
-    def _of_scopes(self, statement: Any, noted: Noted, found: Named) -> Analysis:
+    def _of_layout(self, statement: Any, layout: Layout, found: Named) -> Analysis:
         """Return the analysis of a statement from its scopes."""
+        noted = layout.noted
         elements = [element for scope in noted.scopes for element in scope.elements]
         _check_elements(elements)
         tables = [e.table for e in elements if e.table is not None]
         seen = Named(dict.fromkeys([*tables, *found.tables]), [], False)
-        layout = Layout(noted, self._functions)
         kinds = seen.kinds
         locks = _locks_copies(statement, kinds)
         if not layout.found:
@@ -448,25 +459,10 @@ def _assigned(statement: Any) -> Iterator[Any]:
 def _check_deterministic(statement: Any, table: Table, found: Named) -> None:
     """Refuse a write to a reference table that its copies might evaluate unlike."""
     others = [t for t in found.tables if placement_of(t).kind is not Kind.REFERENCE]
-    if (
-        others
-        or found.texts
-        or any(isinstance(p, FunctionElement) for p in found.parts)
-    ):
+    problem = unlike_copies(found, one_row=isinstance(statement, Insert))
+    if others or problem:
         raise UnsupportedQueryError(
-            f"a write to the reference table {table} runs on every shard, and a"
-            " function, plain SQL or another table in it may give each copy another"
-            " value. Compute the values first, or change the objects through the"
-            " session."
+            f"a write to the reference table {table} runs on every shard, and"
+            f" {problem or 'another table in it'} may give each copy another value."
+            " Compute the values first, or change the objects through the session."
         )
-    if isinstance(statement, Update):
-        assigned = {getattr(c, "key", c) for c in _assigned(statement)}
-        for column in table.c:
-            if (column.onupdate or column.server_onupdate) and (
-                column.key not in assigned
-            ):
-                raise UnsupportedQueryError(
-                    f"UPDATE of the reference table {table} without {column.name}: its"
-                    " onupdate would give each copy another value. Set it, or change"
-                    " the objects through the session."
-                )

@@ -20,7 +20,7 @@ from sqlalchemy.sql.selectable import TableSample
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["TRANSACTION_TIMES", "Functions", "is_custom"]
+__all__ = ["AGGREGATES", "SCALARS", "TRANSACTION_TIMES", "Functions", "is_custom"]
 
 TRANSACTION_TIMES: Mapping[str, str] = {
     "now": "",
@@ -35,7 +35,7 @@ TRANSACTION_TIMES: Mapping[str, str] = {
 
 # Functions of one row's values, which need not be asked for: so that an application
 # with none but these never does.
-_KNOWN = frozenset(
+SCALARS = frozenset(
     """
     abs array_append array_cat array_length array_position array_remove
     array_to_string ascii btrim cardinality ceil ceiling char_length coalesce concat
@@ -97,7 +97,7 @@ class Functions:
     def of(self, name: str) -> str:
         """Return what the function is: see ``catalog.function_volatilities``."""
         name = name.lower()
-        if name in _KNOWN or name in TRANSACTION_TIMES or name in _GROUPING:
+        if name in SCALARS or name in TRANSACTION_TIMES or name in _GROUPING:
             return "stable"
         if name in AGGREGATES:
             return "aggregate"

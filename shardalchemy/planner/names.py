@@ -127,8 +127,15 @@ def named(statement: Any) -> Named:
                 stack.append(part.element)
             elif isinstance(part, Insert | Update | Delete):
                 found.nested_write |= part is not statement
-                # SQLAlchemy 2.0 does not lead into ON CONFLICT.
+                # SQLAlchemy leads neither into rows of values nor, 2.0, ON CONFLICT.
                 stack += _elements(getattr(part, "_post_values_clause", None))
+                for row in getattr(part, "_multi_values", ()):
+                    stack += [
+                        value
+                        for values in row
+                        for value in values.values()
+                        if isinstance(value, ClauseElement)
+                    ]
             elif isinstance(part, ExecutableDDLElement):
                 stack += _elements(part)
                 if isinstance(part, DDL):

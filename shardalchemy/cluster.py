@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 from sqlalchemy import Table, inspect
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
 from shardalchemy.catalog import (
     Sequences,
     ShardAddress,
     ShardState,
     Topology,
+    function_volatilities,
     guarded_names,
     read_state,
     write_catalog,
@@ -62,6 +64,8 @@ class Cluster:
     Valkey in which hot rows are queued for. *ack* says when a cross-shard commit
     returns: ``"committed"`` everywhere, or as soon as all shards have ``"prepared"``.
     *max_connections* bounds the connections this process opens to all shards together.
+    *gather_max_rows* bounds the rows that a statement may bring from all shards to one,
+    where it cannot be answered otherwise.
     Other options are passed to ``create_engine`` for each shard: ``pool_size``,
     ``max_overflow``, ``echo``, ``connect_args``.
 
@@ -80,6 +84,7 @@ class Cluster:
         redis: str | None = None,
         ack: Ack = "committed",
         max_connections: int | None = None,
+        gather_max_rows: int = 100_000,
         **engine_options: Any,
     ) -> None:
         if not shards:
@@ -90,6 +95,7 @@ class Cluster:
                     f"{name!r} cannot be a shard's name: use letters, digits and _."
                 )
         self.ack = ack
+        self.gather_max_rows = gather_max_rows
         self._shards = ShardEngines(
             shards, max_connections=max_connections, **engine_options
         )
@@ -107,7 +113,13 @@ class Cluster:
     def _analyser(self) -> Analyser:
         from shardalchemy import planner
 
-        return planner.Analyser()
+        return planner.Analyser(self._function_volatilities)
+
+    def _function_volatilities(self) -> Mapping[str, str]:
+        # Asked within a session's statement: with engines of that session's kind.
+        engines = self._async if in_greenlet() else self._sync
+        with engines.connect(self.topology.home) as connection:
+            return function_volatilities(connection)
 
     @cached_property
     def _finisher(self) -> Finisher:
@@ -189,6 +201,7 @@ class Cluster:
             for p in placements
             if p.kind is not Kind.HOME
         )
+        self._analyser.see(p.table for p in placements)
 
     # -- sessions --------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ parameters' values; the owners of those slots in the topology.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,10 +21,14 @@ from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sqlalchemy.orm import Mapper
 
     from shardalchemy.catalog import Topology
-    from shardalchemy.planner import Analysis
+    from shardalchemy.planner import Analysis, OwnKeys
+    from shardalchemy.planner.slots import SlotSet
+    from shardalchemy.planner.split import Split
     from shardalchemy.schema import Pin
     from shardalchemy.session import ShardedSession
 
@@ -32,7 +37,12 @@ __all__ = [
     "check_not_a_copy",
     "destination",
     "home_first",
+    "named_shard",
+    "not_on_several",
+    "owners_of",
+    "shard_at_hand",
     "shard_of_identity",
+    "slots_of",
 ]
 
 
@@ -41,12 +51,19 @@ class Destination(NamedTuple):
 
     ``shards`` holds the names, or one None: the home shard by SQLAlchemy's own rules.
     ``analysis`` is None where an option decided. ``params`` are the statement's, with
-    the shard key of an INSERT filled in.
+    the shard key of an INSERT filled in. ``split`` is there where the shards run pieces
+    of the statement; ``shards`` then has only that of the final one, and ``pieces`` the
+    shards of each piece, by its name. ``own`` has the lists of keys of which each shard
+    is sent its own: by their place in the cache key, the name in the SQL and the values
+    by shard.
     """
 
     shards: Sequence[str | None]
     analysis: Analysis | None
     params: Any
+    split: Split | None = None
+    pieces: Mapping[str, Sequence[str]] = EMPTY_DICT
+    own: OwnKeys = EMPTY_DICT
 
 
 def destination(
@@ -57,7 +74,7 @@ def destination(
     Raises UnsupportedQueryError where it would have to run on several shards and
     cannot, and ShardKeyError for an INSERT without a usable shard key.
     """
-    named = _named_shard(session, statement, options)
+    named = named_shard(session, statement, options)
     if named is not None:
         check_not_a_copy(statement)
         return Destination((named,), None, params)
@@ -67,38 +84,73 @@ def destination(
         return Destination((None,), analysis, params)
     if analysis.kind is Kind.REFERENCE:
         if analysis.writes:
-            _check_replicable(statement, analysis, params)
             return Destination(home_first(topology), analysis, params)
         shard = (
-            topology.home
-            if analysis.locks_copies
-            else _shard_at_hand(session, topology)
+            topology.home if analysis.locks_copies else shard_at_hand(session, topology)
         )
         return Destination((shard,), analysis, params)
     slots: set[int] | None
     if isinstance(statement, Insert):
-        params, slots = completed_insert(session, statement, analysis, params)
+        rows = completed_insert(session, statement, analysis, params, options)
+        params, slots = rows.params, set(rows.slots)
     else:
         # A parameter that stands for a pending object's key needs it flushed.
         if extracted is None or any(p.callable is not None for p in extracted):
             session._autoflush()
-        slots = _slots(statement, analysis, extracted or (), params)
-    if slots is not None and len(slots) == 1:
+        slots = slots_of(statement, analysis, extracted or (), params)
+    if slots is not None and len(slots) == 1 and not analysis.at_home:
         (slot,) = slots
         return Destination((topology.owners[slot],), analysis, params)
-    shards = _owners(topology, slots) or (_shard_at_hand(session, topology),)
-    if len(shards) > 1 and analysis.scatter_problem is not None:
-        raise UnsupportedQueryError(
-            f"{analysis.scatter_problem} cannot be run on several shards"
-            f" ({', '.join(shards)})."
-            " Pin every sharded table to one key (… == value on its shard key or a"
-            " locator), or send the statement to one shard with"
-            " execution_options(shard_key=…) or execution_options(shard=…)."
-        )
+    shards = owners_of(topology, slots) or (shard_at_hand(session, topology),)
+    needs_more = len(shards) > 1 and analysis.scatter_problem is not None
+    if needs_more or (analysis.at_home and shards != (topology.home,)):
+        if analysis.pieces is not None:
+            split = analysis.pieces.split()
+            values = extracted or ()
+            pieces = {
+                piece.name: owners_of(
+                    topology,
+                    _slots_in(statement, analysis, piece.slots, values, params),
+                )
+                for piece in split.pieces
+            }
+            working = [shard for some in pieces.values() for shard in some]
+            final = topology.home if split.at_home else (working or shards)[0]
+            own = _own_keys(statement, analysis, values, params, topology)
+            return Destination((final,), analysis, params, split, pieces, own)
+        raise not_on_several(str(analysis.scatter_problem), shards)
+    if len(shards) > 1 and analysis.lists and not analysis.writes:
+        own = _own_keys(statement, analysis, extracted or (), params, topology)
+        return Destination(shards, analysis, params, own=own)
     return Destination(shards, analysis, params)
 
 
-def _named_shard(
+def not_on_several(problem: str, shards: Iterable[str | None]) -> UnsupportedQueryError:
+    """Return the error of a statement that is not exact on *shards* together."""
+    return UnsupportedQueryError(
+        f"{problem} cannot be run on several shards ({', '.join(map(str, shards))})."
+        " Pin every sharded table to one key (… == value on its shard key or a"
+        " locator), or send the statement to one shard with"
+        " execution_options(shard_key=…) or execution_options(shard='…')."
+    )
+
+
+def _own_keys(
+    statement: Any,
+    analysis: Analysis,
+    extracted: Sequence[Any],
+    params: Any,
+    topology: Topology,
+) -> OwnKeys:
+    """Return the statement's lists of keys, divided by the shards that own them."""
+    if not analysis.lists or isinstance(params, list | tuple):
+        return {}
+    own = getattr(statement, "_params", None) or EMPTY_DICT
+    given = {**own, **(params or EMPTY_DICT)}
+    return analysis.own_keys(extracted, given, topology.owners)
+
+
+def named_shard(
     session: ShardedSession, statement: Any, options: Mapping[str, Any]
 ) -> str | None:
     """Return the shard that options name, by its name or by a key."""
@@ -152,7 +204,19 @@ def check_not_a_copy(statement: Any) -> None:
             )
 
 
-def _slots(
+def _slots_in(
+    statement: Any,
+    analysis: Analysis,
+    slots: SlotSet | None,
+    extracted: Sequence[Any],
+    params: Any,
+) -> set[int] | None:
+    """Return those of *slots* that an execution needs, or None for all."""
+    alone = dataclasses.replace(analysis, slots=(slots,), only_slots=slots)
+    return slots_of(statement, alone, extracted, params)
+
+
+def slots_of(
     statement: Any, analysis: Analysis, extracted: Sequence[Any], params: Any
 ) -> set[int] | None:
     """Return the slots that an execution needs, or None for all."""
@@ -170,14 +234,14 @@ def _slots(
     return found
 
 
-def _owners(topology: Topology, slots: set[int] | None) -> tuple[str, ...]:
+def owners_of(topology: Topology, slots: set[int] | None) -> tuple[str, ...]:
     """Return the shards that own any of *slots*, in the topology's order."""
     owners = topology.owners
     needed = set(owners) if slots is None else {owners[slot] for slot in slots}
     return tuple(shard for shard in topology.shards if shard in needed)
 
 
-def _shard_at_hand(session: ShardedSession, topology: Topology) -> str:
+def shard_at_hand(session: ShardedSession, topology: Topology) -> str:
     """Return a shard that the transaction already uses, or else the home shard."""
     transaction = session._transaction
     if transaction is not None:
@@ -216,27 +280,3 @@ def shard_of_identity(topology: Topology, mapper: Mapper[Any], ident: Any) -> st
             f" {rows.identity_pin.accepts}."
         )
     return topology.owners[slot]
-
-
-def _check_replicable(statement: Any, analysis: Analysis, params: Any) -> None:
-    """Refuse an INSERT whose defaults each copy would evaluate for itself."""
-    if not isinstance(statement, Insert) or analysis.table is None:
-        return
-    sets = params if isinstance(params, list | tuple) else [params or {}]
-    given = {getattr(c, "key", c) for c in statement._values or ()}
-    for group in statement._multi_values:
-        for values in group:
-            given |= {getattr(c, "key", c) for c in values}
-    for column in analysis.table.c:
-        generated = (
-            column.default
-            or column.server_default
-            or column is analysis.table.autoincrement_column
-        )
-        supplied = column.key in given or all(column.key in p for p in sets)
-        if generated and not supplied:
-            raise UnsupportedQueryError(
-                f"INSERT into the reference table {analysis.table} without"
-                f" {column.name}: each copy would be given a value of its own."
-                " Supply it, or add the objects through the session."
-            )

@@ -21,7 +21,7 @@ from shardalchemy.ids import Locator, new_locator
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy import Column
     from sqlalchemy.orm import InstanceState, Mapper
@@ -46,6 +46,7 @@ class RowPlacement:
     key_column: Column[Any] | None = None
     key_attribute: str = ""
     identity_index: int = 0
+    identity_attribute: str = ""
     identity_pin: Pin | None = None
     locators: tuple[str, ...] = ()
     pinned: tuple[tuple[str, Pin], ...] = ()
@@ -86,8 +87,13 @@ class RowPlacement:
 
         Raises ShardKeyError where the shard key has no value that can be hashed.
         """
+        return self.completed_slot(state.dict, next_value)
+
+    def completed_slot(
+        self, values: dict[str, Any], next_value: Callable[[Column[Any]], int]
+    ) -> int:
+        """Return a new row's slot by its attributes; add to them what they lack."""
         assert self.pin is not None
-        values = state.dict
         for attribute, column in self.counted:
             if values.get(attribute) is None:
                 values[attribute] = next_value(column)
@@ -113,6 +119,25 @@ class RowPlacement:
             given = values.get(attribute)
             if given is None:
                 values[attribute] = new_locator(slot)
+        return slot
+
+    def slot_of_mapping(self, values: Mapping[str, Any]) -> int | None:
+        """Return the slot of a stored row given by attribute names, or None.
+
+        Raises ShardKeyError where the values would move the row to another slot.
+        """
+        assert self.identity_pin is not None
+        value = values.get(self.identity_attribute)
+        slot = None if value is None else self.identity_pin.slot(value)
+        for attribute, pin in self.pinned:
+            if slot is None or attribute not in values:
+                continue
+            if pin.slot(values[attribute]) != slot:
+                raise ShardKeyError(
+                    f"{self.name}.{attribute} of {value!r} would become"
+                    f" {values[attribute]!r}: it says on which shard the row lives."
+                    " Delete the row and insert it with that value."
+                )
         return slot
 
     def peeked_slot(self, state: InstanceState[Any]) -> int | None:
@@ -168,7 +193,7 @@ def _resolve(mapper: Mapper[Any]) -> RowPlacement:
         return RowPlacement(placement.kind, name)
     assert placement.column is not None
 
-    def attribute(column: Column[Any]) -> str:
+    def attribute(column: Any) -> str:
         key: str = mapper.get_property_by_column(column).key
         return key
 
@@ -185,6 +210,7 @@ def _resolve(mapper: Mapper[Any]) -> RowPlacement:
         placement.column,
         attribute(placement.column),
         identity_index,
+        attribute(mapper.primary_key[identity_index]),
         placement.pins[str(mapper.primary_key[identity_index].key)],
         tuple(
             attribute(column)

@@ -18,13 +18,16 @@ from sqlalchemy import Connection, Engine, Table, inspect
 from sqlalchemy.engine import IteratorResult
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.session import SessionTransactionOrigin
-from sqlalchemy.util import EMPTY_DICT, await_only
+from sqlalchemy.util import EMPTY_DICT, await_only, immutabledict
 
+from shardalchemy.assembly import COMPILED, OneCompiled, assemble
+from shardalchemy.bulk import save_in_bulk
 from shardalchemy.engine import fanout
 from shardalchemy.errors import (
     ConfigurationError,
     UnsupportedQueryError,
 )
+from shardalchemy.explain import explained
 from shardalchemy.flush import RowConnections, order_new_by_shard
 from shardalchemy.routing import (
     check_not_a_copy,
@@ -33,6 +36,7 @@ from shardalchemy.routing import (
 )
 from shardalchemy.schema import Kind, placement_of
 from shardalchemy.transaction import ShardedTransaction
+from shardalchemy.writes import run_write, write_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from shardalchemy.cluster import Cluster
     from shardalchemy.commit import Ack
     from shardalchemy.planner import Analysis, Plan
+    from shardalchemy.routing import Destination
+    from shardalchemy.writes import Part
 
 __all__ = ["ShardedSession"]
 
@@ -89,9 +95,11 @@ class ShardedSession(Session):
         self._names = self._engines.names
         self._ack: Ack = ack or cluster.ack
         self._routed: str | None = None
+        self._copies: Any = None
         self._written_shards: set[str] = set()
         self._unfinished: dict[str, Any] = {}
         self._turns: list[Any] = []
+        self._began_at: str | None = None
         super().__init__(**options)
 
     @property
@@ -151,6 +159,7 @@ class ShardedSession(Session):
     def _forget_transaction(self) -> None:
         """Let others have the rows' turns; for `ShardedTransaction` at its end."""
         self._written_shards.clear()
+        self._began_at = None
         while self._turns:
             self._turns.pop().release()
 
@@ -220,19 +229,54 @@ class ShardedSession(Session):
         if hasattr(statement, "__clause_element__"):
             statement = statement.__clause_element__()
         options = how.get("execution_options", EMPTY_DICT)
-        shards, analysis, params = destination(self, statement, params, options)
+        if isinstance(options.get(COMPILED), OneCompiled):
+            # A loader's statement, with the options of the one that it loads for.
+            options = {k: v for k, v in options.items() if k != COMPILED}
+            how["execution_options"] = immutabledict(options)
+        write = write_of(statement)
+        if write is not None:
+            return self._execute_write(write, params, how)
+        where = destination(self, statement, params, options)
+        shards, analysis, params = where[:3]
 
         def run(shard: str | None) -> Any:
             if shard is not None:
                 routed = {**(bind_arguments or EMPTY_DICT), "shard": shard}
-                return run_here(statement, params, **{**how, "bind_arguments": routed})
+                given = _with_own(params, where, shard)
+                return run_here(statement, given, **{**how, "bind_arguments": routed})
             return run_here(statement, params, **how)
 
+        if where.split is not None:
+
+            def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
+                routed = {**(bind_arguments or EMPTY_DICT), "shard": shard}
+                final = {
+                    "bind_arguments": routed,
+                    "execution_options": {**options, **extra},
+                }
+                return run_here(made, given, **{**how, **final})
+
+            return self._run_split(statement, where, options, run_final)
         if len(shards) == 1:
             return self._run_routed(run, shards[0], analysis)
         scalar = how.pop("_scalar_result", False)
         own = getattr(statement, "_execution_options", EMPTY_DICT)
         result = self._run_on_all(run, shards, analysis, {**own, **options})
+        return result.scalar() if scalar else result
+
+    def _execute_write(self, statement: Any, params: Any, how: dict[str, Any]) -> Any:
+        run_here = super()._execute_internal
+        scalar = how.pop("_scalar_result", False)
+        options = how.get("execution_options", EMPTY_DICT)
+        bind_arguments = how.get("bind_arguments") or EMPTY_DICT
+
+        def run(shard: str | None, part: Part) -> Any:
+            own = {**how, "execution_options": {**options, **part.options}}
+            if shard is not None:
+                own["bind_arguments"] = {**bind_arguments, "shard": shard}
+            return run_here(part.statement, part.params, **own)
+
+        result = run_write(self, statement, params, options, run)
         return result.scalar() if scalar else result
 
     def _run_routed(
@@ -260,9 +304,8 @@ class ShardedSession(Session):
             # A reference table: home first, where writers of one row meet.
             results = [self._run_routed(run, shard, analysis) for shard in shards]
             return results[0]
+        self._autoflush_for(options)
         load = options.get("_sa_orm_load_options")
-        if options.get("autoflush", True) and (load is None or load._autoflush):
-            self._autoflush()
         connections = {
             shard: self._connection_for_bind(self._engines.of(shard))
             for shard in shards
@@ -276,6 +319,40 @@ class ShardedSession(Session):
         ):
             return results[0].merge(*results[1:])
         return _concatenated(results)
+
+    def _run_split(
+        self, statement: Any, where: Destination, options: Mapping[str, Any], run: Any
+    ) -> Any:
+        assert where.split is not None
+        self._autoflush_for(options)
+        own = getattr(statement, "_execution_options", EMPTY_DICT)
+        most_rows = {**own, **options}.get(
+            "gather_max_rows", self._cluster.gather_max_rows
+        )
+        with self.no_autoflush:
+            return assemble(
+                self,
+                where.split,
+                where.pieces,
+                str(where.shards[0]),
+                statement,
+                where.params,
+                most_rows,
+                where.own,
+                run,
+            )
+
+    def _transaction_time(self, connection: Connection) -> str:
+        """Return when the transaction began, for all shards the same."""
+        if self._began_at is None:
+            moment = connection.exec_driver_sql("SELECT now()::text").scalar_one()
+            self._began_at = str(moment)
+        return self._began_at
+
+    def _autoflush_for(self, options: Mapping[str, Any]) -> None:
+        load = options.get("_sa_orm_load_options")
+        if options.get("autoflush", True) and (load is None or load._autoflush):
+            self._autoflush()
 
     def _shard_of_identity(self, mapper: Mapper[Any], ident: Any) -> str:
         return shard_of_identity(self._topology(), mapper, ident)
@@ -302,10 +379,10 @@ class ShardedSession(Session):
         finally:
             self.connection_callable = callable_
 
-    def _bulk_save_mappings(self, *args: Any, **kw: Any) -> Any:
+    def _bulk_save_mappings(self, mapper: Any, mappings: Any, **how: Any) -> None:
         # SQLAlchemy refuses these to sessions that choose a connection for each row.
         with self._outside_of_flush():
-            return super()._bulk_save_mappings(*args, **kw)
+            save_in_bulk(self, super()._bulk_save_mappings, mapper, mappings, how)
 
     # -- beyond Session ----------------------------------------------------------------
 
@@ -320,25 +397,8 @@ class ShardedSession(Session):
 
         Raises what executing it would raise before anything is sent.
         """
-        from shardalchemy.planner import Plan, PlanKind
-
-        shards, analysis, _ = destination(self, statement, params, execution_options)
-        topology = self._topology()
-        names = tuple(topology.home if s is None else s for s in shards)
-        if analysis is None:
-            why = "named by an execution option"
-        elif analysis.kind is Kind.HOME:
-            why = "its tables live on the home shard"
-        elif analysis.kind is Kind.REFERENCE:
-            why = "every shard has a copy of its reference tables"
-        elif len(names) == 1:
-            why = "owns every key that the statement pins"
-        elif None in analysis.slots:
-            why = "nothing pins the shard key"
-        else:
-            why = "owns some of the keys that the statement pins"
-        kind = PlanKind.ROUTE if len(names) == 1 else PlanKind.SCATTER
-        return Plan(kind, names, dict.fromkeys(names, why))
+        where = destination(self, statement, params, execution_options)
+        return explained(self, where)
 
     def lock_row(
         self,
@@ -361,6 +421,14 @@ class ShardedSession(Session):
         return row
 
 
+def _with_own(params: Any, where: Destination, shard: str) -> Any:
+    """Return a statement's parameters with no keys but those that *shard* owns."""
+    if not where.own:
+        return params
+    own = {name: keys.get(shard, []) for name, keys in where.own.values()}
+    return {**(params or EMPTY_DICT), **own}
+
+
 def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
     """Return the rows of all results as one.
 
@@ -379,6 +447,26 @@ def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
     return whole
 
 
+def _invoking(state: ORMExecuteState) -> Any:
+    """Return what runs a part of a write as *state*'s own statement."""
+    given = state.parameters
+
+    def run(shard: str | None, part: Part) -> Any:
+        # invoke_statement() would add parameters to those there are. It reads them
+        # before anything is sent, and so before another shard's turn.
+        state.parameters = part.params
+        try:
+            return state.invoke_statement(
+                statement=part.statement,
+                execution_options=part.options or None,
+                bind_arguments=None if shard is None else {"shard": shard},
+            )
+        finally:
+            state.parameters = given
+
+    return run
+
+
 class _RouteLast:
     """A ``do_orm_execute`` listener that comes after the application's own."""
 
@@ -392,13 +480,29 @@ class _RouteLast:
                 return result
         session: Any = state.session
         options = state.local_execution_options
-        shards, analysis, params = destination(
-            session, state.statement, state.parameters, options
-        )
+        write = write_of(state.statement)
+        if write is not None:
+            return run_write(
+                session, write, state.parameters, options, _invoking(state)
+            )
+        where = destination(session, state.statement, state.parameters, options)
+        shards, analysis, params = where[:3]
+        if where.split is not None:
+
+            def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
+                return state.invoke_statement(
+                    statement=made,
+                    params=given,
+                    bind_arguments={"shard": shard},
+                    execution_options=extra,
+                )
+
+            return session._run_split(state.statement, where, options, run_final)
 
         def run(shard: str | None) -> Any:
+            given = params if shard is None else _with_own(params, where, shard)
             return state.invoke_statement(
-                params=None if params is state.parameters else params,
+                params=None if given is state.parameters else given,
                 bind_arguments=None if shard is None else {"shard": shard},
             )
 

@@ -51,6 +51,8 @@ class _Routed(SessionTransaction):
 
     def connection(self, bindkey: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the connection for *bindkey*; in a flush what stands for several."""
+        if self.session._copies is not None:
+            return self.session._copies
         rows = self.session.connection_callable
         if (
             isinstance(rows, RowConnections)

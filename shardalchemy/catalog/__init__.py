@@ -6,6 +6,7 @@ value; `install` makes the schema and reads what is there; `ownership` writes in
 sharded table the CHECK that refuses a row on the wrong shard, whoever sends it.
 """
 
+from shardalchemy.catalog.functions import function_volatilities
 from shardalchemy.catalog.install import (
     CATALOG_VERSION,
     ShardState,
@@ -27,6 +28,7 @@ __all__ = [
     "ShardAddress",
     "ShardState",
     "Topology",
+    "function_volatilities",
     "guarded_names",
     "read_state",
     "write_catalog",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psycopg
 from greenlet import getcurrent, greenlet
 from psycopg.waiting import Wait
+from sqlalchemy.exc import StatementError
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from shardalchemy.engine.wire import driver_of
@@ -59,19 +60,33 @@ def fanout(
 
     The connections must be open already, and all sync or all async; an async one
     needs SQLAlchemy's greenlet around this call. Raises the first error of any step,
-    after the others have been cancelled.
+    which names its shard, after the others have been cancelled.
     """
     results: dict[str, T] = {}
-    first: BaseException | None = None
+    first: tuple[str, BaseException] | None = None
     for shard, outcome in _run(step, connections, cancel=True).items():
         if isinstance(outcome, _Failure):
             if first is None or outcome.was_first:
-                first = outcome.error
+                first = (shard, outcome.error)
         else:
             results[shard] = outcome
     if first is not None:
-        raise first
+        shard, error = first
+        raise _placed(error, shard) if len(connections) > 1 else error
     return results
+
+
+def _placed(error: BaseException, shard: str) -> BaseException:
+    """Return *error*, which says now on which shard it arose.
+
+    In its own message where SQLAlchemy has a place for it, beside it otherwise.
+    """
+    if isinstance(error, StatementError):
+        if f"on shard {shard}" not in error.detail:
+            error.add_detail(f"on shard {shard}")
+    else:
+        error.add_note(f"on shard {shard}")
+    return error
 
 
 def attempt_all(

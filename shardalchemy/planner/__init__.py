@@ -11,10 +11,14 @@ values of its parameters are read for each execution. In the order a statement t
 4. `analysis` joins these to an `Analysis`; `plan` resolves one, with parameter values
    and a topology, to a `Plan`.
 
+Plain SQL that names a sharded or reference table goes another way to the same end:
+`lexing` and sqlglot cut and parse it, `rawreader` reads the tree by an allow-list, and
+`rawpins` finds what restricts its tables (`rawsql` is where to begin reading).
+
 Nothing here opens a connection.
 """
 
-from shardalchemy.planner.analysis import Analyser, Analysis
-from shardalchemy.planner.plan import Plan, PlanKind
+from shardalchemy.planner.analysis import Analyser, Analysis, OwnKeys
+from shardalchemy.planner.plan import Plan, PlanKind, PlanPiece
 
-__all__ = ["Analyser", "Analysis", "Plan", "PlanKind"]
+__all__ = ["Analyser", "Analysis", "OwnKeys", "Plan", "PlanKind", "PlanPiece"]

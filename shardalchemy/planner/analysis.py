@@ -3,14 +3,14 @@
 The statement is exact on one shard if every sharded element in it, in all subqueries,
 is restricted to slots which that shard owns: then all rows it can see are there, and
 any SQL means what it means on one server. It is exact on several shards, as a
-concatenation, if it is row-wise, its sharded elements are colocated, and each result
-row belongs to one shard. Anything else has a ``scatter_problem``.
+concatenation, if each result row belongs to one shard and nothing is done to all of
+them together. Anything else has a ``scatter_problem``, and a SELECT is split in pieces.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,30 +18,43 @@ from sqlalchemy import Delete, Insert, Update
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import CompoundSelect, Select
+from sqlalchemy.sql.selectable import (
+    CompoundSelect,
+    Select,
+    TableValuedAlias,
+    Values,
+)
 
 from shardalchemy.errors import UnsupportedQueryError
-from shardalchemy.planner.names import Guard, Named, named
-from shardalchemy.planner.pins import restrictions, selects_a_pin
-from shardalchemy.planner.rowwise import why_not_rowwise
+from shardalchemy.planner.declared import Declared
+from shardalchemy.planner.functions import Functions
+from shardalchemy.planner.layout import Layout, upper_clauses
+from shardalchemy.planner.names import Guard, Named, named, whole_text
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.planner.slots import Arguments
+from shardalchemy.planner.splitting import split
+from shardalchemy.planner.written import unlike_copies, unlike_rows, unlike_shards
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sqlalchemy import Table
     from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.cache_key import CacheKey
 
     from shardalchemy.planner.pins import Restriction
-    from shardalchemy.planner.scopes import Element, Scope
-    from shardalchemy.planner.slots import SlotSet
+    from shardalchemy.planner.scopes import Element, Noted
+    from shardalchemy.planner.slots import SlotSet, Value
+    from shardalchemy.planner.split import Split
 
-__all__ = ["Analyser", "Analysis"]
+__all__ = ["Analyser", "Analysis", "OwnKeys"]
 
 logger = logging.getLogger(__name__)
+
+OwnKeys = Mapping[int, tuple[str, Mapping[str, list[Any]]]]
+"""Lists of keys divided by shard: by their parameter's place in the cache key, its name
+in the SQL and the values of each shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +64,11 @@ class Analysis:
     ``kind`` is the most demanding kind of table in it. Of a sharded statement,
     ``slots`` has one set per sharded element, None where nothing restricts it;
     ``only_slots`` is the one set that decides alone, where there is one.
-    ``scatter_problem`` says why it cannot run on several shards. ``locks_copies`` says
-    that it locks rows of reference tables, which all sessions have to do on one shard.
+    ``scatter_problem`` says why it cannot run on several shards as it is; ``pieces``
+    then tells how else. ``at_home`` says that it reads home tables as well.
+    ``locks_copies`` says that it locks rows of reference tables, which all sessions
+    have to do on one shard. ``lists`` are lists of keys of which a shard needs no
+    others than its own, each with the parameter's name in the SQL.
     """
 
     kind: Kind
@@ -61,7 +77,10 @@ class Analysis:
     only_slots: SlotSet | None = None
     scatter_problem: str | None = None
     table: Table | None = None
+    at_home: bool = False
     locks_copies: bool = False
+    pieces: Pieces | None = None
+    lists: tuple[tuple[str, Value], ...] = ()
 
     def needed_slots(
         self, extracted: Sequence[Any], given: Mapping[str, Any]
@@ -71,13 +90,8 @@ class Analysis:
         *extracted* are the parameters of the statement's cache key, *given* those that
         are passed beside it, by name.
         """
-        if given:
-            known = {parameter.key for parameter in extracted}
-            if self.table is not None:
-                known.update(self.table.c.keys())
-            if not known.issuperset(given):
-                # It may stand for a parameter by the name it has in the SQL.
-                return None
+        if given and not self._knows(extracted, given):
+            return None
         arguments = Arguments(extracted, given)
         if self.only_slots is not None:
             return self.only_slots.evaluate(arguments)
@@ -89,16 +103,64 @@ class Analysis:
             found |= some
         return found
 
+    def _knows(self, extracted: Sequence[Any], given: Mapping[str, Any]) -> bool:
+        """Return whether it is known for which parameters values are given.
+
+        One that is not may stand for a parameter by the name it has in the SQL.
+        """
+        known = {parameter.key for parameter in extracted}
+        if self.table is not None:
+            known.update(self.table.c.keys())
+        return known.issuperset(given)
+
+    def own_keys(
+        self,
+        extracted: Sequence[Any],
+        given: Mapping[str, Any],
+        owners: Sequence[str],
+    ) -> OwnKeys:
+        """Return the lists of keys, divided by the shards that own them."""
+        if given and not self._knows(extracted, given):
+            return {}
+        arguments = Arguments(extracted, given)
+        found = {}
+        for name, value in self.lists:
+            divided = value.by_owner(arguments, owners)
+            if divided is not None and value.index is not None:
+                found[value.index] = (name, divided)
+        return found
+
+
+class Pieces:
+    """The pieces of a statement, made when first needed."""
+
+    def __init__(self, make: Callable[[], Split]) -> None:
+        self._make: Callable[[], Split] | None = make
+        self._made: Split | None = None
+
+    def split(self) -> Split:
+        """Return the pieces; raise UnsupportedQueryError where there are none."""
+        if self._made is None:
+            assert self._make is not None
+            self._made = self._make()
+            self._make = None
+        return self._made
+
 
 class Analyser:
     """Analyses statements, and remembers the analysis of each cache key.
 
     It is told which tables the servers hold sharded: textual SQL, or a ``Table`` that
-    was declared without saying so, must not address those unrouted.
+    was declared without saying so, must not address those unrouted. *ask* returns what
+    the servers say of their functions (``catalog.function_volatilities``).
     """
 
-    def __init__(self, capacity: int = 1024) -> None:
+    def __init__(
+        self, ask: Callable[[], Mapping[str, str]], capacity: int = 1024
+    ) -> None:
         self._guard = Guard()
+        self._functions = Functions(ask)
+        self._declared = Declared()
         self._dialect: Dialect | None = None
         self._capacity = capacity
         self._known: dict[Any, Analysis] = {}
@@ -107,6 +169,11 @@ class Analyser:
         """Add tables, as ``schema.name``, to those that are known to be sharded."""
         self._guard = self._guard.with_names(names)
         self._known.clear()
+
+    def see(self, tables: Iterable[Table]) -> None:
+        """Learn what *tables*, and those beside them, are declared to be."""
+        if self._declared.see(tables):
+            self._known.clear()
 
     def analyse(self, statement: Any) -> tuple[Analysis, Sequence[Any] | None]:
         """Return the analysis of *statement* and its cache key's bound parameters.
@@ -137,7 +204,16 @@ class Analyser:
         if getattr(statement, "_is_lambda_element", False):
             statement = statement._resolved
         found = named(statement)
+        text = whole_text(statement)
+        if text is not None and self._guard.words_in(text.text):
+            # Imported by the first that needs it, for the parser takes a while.
+            from shardalchemy.planner.rawpins import analysis_of_text
+
+            return analysis_of_text(
+                text, self._compiling(), key, self._declared, self._guard
+            )
         self._guard.check(found)
+        self.see(t for t in found.tables if placement_of(t).kind is not Kind.HOME)
         if isinstance(statement, Insert):
             return self._of_insert(statement, found)
         if isinstance(statement, Update | Delete):
@@ -156,7 +232,7 @@ class Analyser:
                 return Analysis(Kind.HOME)
             # What the ORM adds while it compiles may read other tables.
             try:
-                scopes, places = self._scopes(statement, key)
+                noted = self._noted(statement, key)
             except Exception as error:
                 logger.debug("left to SQLAlchemy, which will say why: %s", error)
                 return Analysis(Kind.HOME)
@@ -169,18 +245,18 @@ class Analyser:
         else:
             found.check_nested_writes()
             found.check_texts()
-            found.check_mixture()
-            scopes, places = self._scopes(statement, key)
-        return _of_scopes(statement, scopes, places, found)
+            noted = self._noted(statement, key)
+        return self._of_layout(statement, Layout(noted, self._functions), found)
 
-    def _scopes(
-        self, statement: Any, key: CacheKey | None
-    ) -> tuple[list[Scope], Mapping[int, int] | None]:
+    def _noted(self, statement: Any, key: CacheKey | None) -> Noted:
+        return noted_scopes(statement, self._compiling(), key)
+
+    def _compiling(self) -> Dialect:
         if self._dialect is None:
             from sqlalchemy.dialects.postgresql import psycopg
 
             self._dialect = psycopg.dialect()  # type: ignore[no-untyped-call]
-        return noted_scopes(statement, self._dialect, key)
+        return self._dialect
 
     def _of_update(
         self, statement: Any, found: Named, key: CacheKey | None
@@ -202,20 +278,30 @@ class Analyser:
                     f"UPDATE of {table}.{column}: it says where the row lives. Load"
                     " the rows, delete them, and add copies with the new value."
                 )
-        scopes, places = self._scopes(statement, key)
-        analysis = _of_scopes(statement, scopes, places, found)
+        layout = Layout(self._noted(statement, key), self._functions)
+        analysis = self._of_layout(statement, layout, found)
+        if analysis.at_home:
+            found.check_mixture()
+            raise UnsupportedQueryError(
+                f"what is added to this write of {table} reads a home table; one"
+                " statement cannot see both."
+            )
+        problem = unlike_shards(statement, layout.noted.scopes, found, layout.found)
         return replace(
-            analysis,
-            writes=True,
-            table=table,
-            scatter_problem="an UPDATE or DELETE by criteria",
+            analysis, writes=True, table=table, scatter_problem=problem, pieces=None
         )
 
     def _of_insert(self, statement: Any, found: Named) -> Analysis:
         table = found.target(statement)
         kind = placement_of(table).kind
         found.check_nested_writes()
-        read = {placement_of(t).kind for t in found.tables if t is not table}
+        # The ORM's RETURNING names the tables of a class that it inserts into as well.
+        subject = statement._propagate_attrs.get("plugin_subject")
+        own = {table} if subject is None else {table, *subject.mapper.tables}
+        read = {placement_of(t).kind for t in found.tables if t not in own}
+        for part in found.parts:
+            if isinstance(part, Select | CompoundSelect):
+                read |= named(part).kinds
         selects = statement.select is not None
         if Kind.SHARDED in read or (selects and kind is Kind.SHARDED):
             raise UnsupportedQueryError(
@@ -227,57 +313,79 @@ class Analyser:
             found.check_texts()
         if kind is Kind.REFERENCE:
             _check_deterministic(statement, table, found)
-        problem = "an INSERT of rows of several shards"
+        problem = unlike_rows(found)
         return Analysis(kind, writes=True, table=table, scatter_problem=problem)
 
-
-def _of_scopes(
-    statement: Any,
-    scopes: list[Scope],
-    places: Mapping[int, int] | None,
-    found: Named,
-) -> Analysis:
-    """Return the analysis of a statement from its scopes."""
-    elements = [element for scope in scopes for element in scope.elements]
-    _check_elements(elements)
-    tables = [e.table for e in elements if e.table is not None]
-    seen = Named(dict.fromkeys([*tables, *found.tables]), [], False)
-    seen.check_mixture()
-    restricted = restrictions(scopes, places)
-    kinds = seen.kinds
-    locks = _locks_copies(statement, kinds)
-    if not restricted:
-        if Kind.SHARDED in kinds:
+    def _of_layout(self, statement: Any, layout: Layout, found: Named) -> Analysis:
+        """Return the analysis of a statement from its scopes."""
+        noted = layout.noted
+        elements = [element for scope in noted.scopes for element in scope.elements]
+        _check_elements(elements)
+        tables = [e.table for e in elements if e.table is not None]
+        seen = Named(dict.fromkeys([*tables, *found.tables]), [], False)
+        kinds = seen.kinds
+        locks = _locks_copies(statement, kinds)
+        if not layout.found:
+            if Kind.SHARDED in kinds:
+                raise UnsupportedQueryError(
+                    f"where {seen.of_kind(Kind.SHARDED)} is read in this statement"
+                    " could not be made out. Select from it directly, or in a subquery."
+                )
+            kind = Kind.HOME if Kind.HOME in kinds or not kinds else Kind.REFERENCE
+            return Analysis(kind, locks_copies=locks)
+        if locks:
             raise UnsupportedQueryError(
-                f"where {seen.of_kind(Kind.SHARDED)} is read in this statement could"
-                " not be made out. Select from it directly, or in a subquery."
+                "FOR UPDATE over a sharded and a reference table would lock one shard's"
+                " copy of the latter. Say with_for_update(of=…) which rows are meant."
             )
-        kind = Kind.HOME if Kind.HOME in kinds or not kinds else Kind.REFERENCE
-        return Analysis(kind, locks_copies=locks)
-    if locks:
-        raise UnsupportedQueryError(
-            "FOR UPDATE over a sharded and a reference table would lock one shard's"
-            " copy of the latter. Say with_for_update(of=…) which rows are meant."
+        slots = {id(r.slots): r.slots for r in layout.found}
+        problem = _why_not_scattered(statement, layout)
+        pieces = None
+        if problem is not None or Kind.HOME in kinds:
+            why = problem or "a join with a home table"
+            pieces = Pieces(lambda: split(statement, layout, found, why))
+        return Analysis(
+            Kind.SHARDED,
+            slots=tuple(slots.values()),
+            only_slots=layout.found[0].slots if len(slots) == 1 else None,
+            scatter_problem=problem,
+            at_home=Kind.HOME in kinds,
+            pieces=pieces,
+            lists=_own_lists(noted, slots.values()),
         )
-    slots = {id(r.slots): r.slots for r in restricted}
-    return Analysis(
-        Kind.SHARDED,
-        slots=tuple(slots.values()),
-        only_slots=restricted[0].slots if len(slots) == 1 else None,
-        scatter_problem=_why_not_scattered(scopes, restricted),
-    )
+
+
+def _own_lists(
+    noted: Noted, slots: Iterable[SlotSet | None]
+) -> tuple[tuple[str, Value], ...]:
+    """Return the lists of keys that stand in one ``key IN (…)`` and nowhere else."""
+    found = {}
+    for one in slots:
+        for value in () if one is None else one.lists():
+            names = (noted.names or {}).get(value.index or 0, ())
+            if len(names) == 1:
+                found[names[0]] = value
+    return tuple(found.items())
 
 
 def _check_elements(elements: Sequence[Element]) -> None:
     """Refuse FROM elements that read a table in a way that is not known here."""
     for element in elements:
         if element.table is None and element.subquery is None:
+            if _is_row_source(element.clause):
+                continue  # a function of columns, or a list of values
             inside = named(element.clause)
             if inside.kinds - {Kind.HOME}:
                 raise UnsupportedQueryError(
                     f"a {type(element.clause).__name__} of {inside.of_kind(*Kind)} in"
                     " FROM is not supported over several shards."
                 )
+
+
+def _is_row_source(clause: Any) -> bool:
+    if isinstance(clause, TableValuedAlias):
+        return isinstance(clause.element, FunctionElement)
+    return isinstance(clause, FunctionElement | Values)
 
 
 def _locks_copies(statement: Any, kinds: set[Kind]) -> bool:
@@ -293,47 +401,29 @@ def _locks_copies(statement: Any, kinds: set[Kind]) -> bool:
     )
 
 
-def _why_not_scattered(scopes: Sequence[Scope], found: list[Restriction]) -> str | None:
-    """Return what keeps a SELECT from being run on several shards, or None."""
-    top = scopes[0]
-    inner = [e.subquery for s in scopes for e in s.elements if e.subquery is not None]
-    if any(count > 1 for count in Counter(map(id, inner)).values()):
-        return "a CTE or subquery that is used more than once"
-    for scope in _above(scopes, found):
-        sharded = [r for r in found if r.scope is scope]
-        loader = scope is top and _is_relationship_load(scope.original)
-        problem = why_not_rowwise(
-            scope.select,
-            None if loader else scope.original,
-            distinct_by_shard=(
-                isinstance(scope.select, Select)
-                and scope.select._distinct is True
-                and selects_a_pin(scope, scopes)
-            ),
-        )
-        ordered = loader and bool(getattr(scope.original, "_order_by_clauses", ()))
-        if problem is None and ordered and not _ordered_within_parents(sharded, found):
+def _why_not_scattered(statement: Any, layout: Layout) -> str | None:
+    """Return what keeps a statement from being run on several shards as it is."""
+    root = layout.roots[0]
+    if isinstance(statement, Update | Delete):
+        return None
+    if root.compound:
+        return "a set operation"
+    loader = _is_relationship_load(root.original)
+    problem = layout.why_not_whole(root, ordered=not loader)
+    if problem is None and loader and _is_ordered(root.original):
+        sharded = [r for r in layout.found if r.scope is root]
+        if not _ordered_within_parents(sharded, layout.found):
             problem = "ORDER BY"
-        if problem is not None:
-            return problem
-        if scope is not top and not scope.as_from:
-            return "a subquery over sharded tables"
-        if scope.compound:
-            return "a set operation"
-        if scope.has_full_join:
-            return "a FULL JOIN"
-    return _why_not_colocated(scopes, found)
+    return (
+        problem
+        or layout.why_not_local(root)
+        or layout.functions.why_not_by_shard(upper_clauses(root))
+        or layout.tells_time
+    )
 
 
-def _above(scopes: Sequence[Scope], found: list[Restriction]) -> list[Scope]:
-    """Return every scope through which sharded rows come, and the outermost."""
-    needed = {id(scopes[0]): scopes[0]}
-    for restriction in found:
-        scope: Scope | None = restriction.scope
-        while scope is not None:
-            needed[id(scope)] = scope
-            scope = scope.parent
-    return list(needed.values())
+def _is_ordered(original: Any) -> bool:
+    return bool(getattr(original, "_order_by_clauses", ()))
 
 
 def _ordered_within_parents(
@@ -350,43 +440,6 @@ def _ordered_within_parents(
         or any(parent.group == r.group for parent in parents)
         for r in sharded
     )
-
-
-def _why_not_colocated(scopes: Sequence[Scope], found: list[Restriction]) -> str | None:
-    """Return why partners, or parts of a result row, may be on several shards."""
-    preserved = {r.group for r in found if not _blankable(r, scopes)}
-    if not preserved:
-        return "an outer join whose preserved side is a reference table"
-    together = set(preserved) if len(preserved) == 1 else set()
-    grown = True
-    while grown and together:
-        attached = {r.group for r in found if r.attached_to & together}
-        grown = not attached <= together
-        together |= attached
-    if any(r.group not in together for r in found):
-        tables = sorted({str(r.element.table) for r in found})
-        return f"a join of {' and '.join(tables)}, which is not on equal shard keys,"
-    return None
-
-
-def _blankable(restriction: Restriction, scopes: Sequence[Scope]) -> bool:
-    """Return whether a result row may lack a row of this element."""
-    if restriction.element.nullable:
-        return True
-    scope = restriction.scope
-    while scope.parent is not None:
-        holder = next(
-            (
-                e
-                for e in scope.parent.elements
-                if e.subquery is scope.original or e.subquery is scope.select
-            ),
-            None,
-        )
-        if holder is None or holder.nullable:
-            return True
-        scope = scope.parent
-    return False
 
 
 def _is_relationship_load(statement: Any) -> bool:
@@ -406,25 +459,10 @@ def _assigned(statement: Any) -> Iterator[Any]:
 def _check_deterministic(statement: Any, table: Table, found: Named) -> None:
     """Refuse a write to a reference table that its copies might evaluate unlike."""
     others = [t for t in found.tables if placement_of(t).kind is not Kind.REFERENCE]
-    if (
-        others
-        or found.texts
-        or any(isinstance(p, FunctionElement) for p in found.parts)
-    ):
+    problem = unlike_copies(found, one_row=isinstance(statement, Insert))
+    if others or problem:
         raise UnsupportedQueryError(
-            f"a write to the reference table {table} runs on every shard, and a"
-            " function, plain SQL or another table in it may give each copy another"
-            " value. Compute the values first, or change the objects through the"
-            " session."
+            f"a write to the reference table {table} runs on every shard, and"
+            f" {problem or 'another table in it'} may give each copy another value."
+            " Compute the values first, or change the objects through the session."
         )
-    if isinstance(statement, Update):
-        assigned = {getattr(c, "key", c) for c in _assigned(statement)}
-        for column in table.c:
-            if (column.onupdate or column.server_onupdate) and (
-                column.key not in assigned
-            ):
-                raise UnsupportedQueryError(
-                    f"UPDATE of the reference table {table} without {column.name}: its"
-                    " onupdate would give each copy another value. Set it, or change"
-                    " the objects through the session."
-                )

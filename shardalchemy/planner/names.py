@@ -17,9 +17,11 @@ from sqlalchemy import (
     TextClause,
     Update,
 )
+from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
+from sqlalchemy.sql.selectable import TextualSelect
 
 from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.schema import Kind, placement_of
@@ -27,8 +29,9 @@ from shardalchemy.schema import Kind, placement_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Guard", "Named", "named"]
+__all__ = ["Guard", "Named", "named", "whole_text"]
 
+_UNICODE = re.compile(r"\\(?:\+00([0-9a-f]{4})|([0-9a-f]{4}))")
 _WORDS = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*")
 
 
@@ -124,8 +127,15 @@ def named(statement: Any) -> Named:
                 stack.append(part.element)
             elif isinstance(part, Insert | Update | Delete):
                 found.nested_write |= part is not statement
-                # SQLAlchemy 2.0 does not lead into ON CONFLICT.
+                # SQLAlchemy leads neither into rows of values nor, 2.0, ON CONFLICT.
                 stack += _elements(getattr(part, "_post_values_clause", None))
+                for row in getattr(part, "_multi_values", ()):
+                    stack += [
+                        value
+                        for values in row
+                        for value in values.values()
+                        if isinstance(value, ClauseElement)
+                    ]
             elif isinstance(part, ExecutableDDLElement):
                 stack += _elements(part)
                 if isinstance(part, DDL):
@@ -142,6 +152,16 @@ def _elements(holder: Any) -> list[Any]:
         for item in value if isinstance(value, list | tuple) else (value,):
             flat += item if isinstance(item, tuple) else (item,)
     return [one for one in flat if isinstance(one, ClauseElement)]
+
+
+def whole_text(statement: Any) -> TextClause | None:
+    """Return the text that *statement* is nothing but, or None."""
+    inner = statement.element if isinstance(statement, FromStatement) else statement
+    if isinstance(inner, TextualSelect):
+        if inner._independent_ctes:
+            return None
+        inner = inner.element
+    return inner if isinstance(inner, TextClause) else None
 
 
 class Guard:
@@ -161,12 +181,23 @@ class Guard:
         """Return a guard of these ``schema.name`` as well."""
         return Guard(self._names | frozenset(names))
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The ``schema.name`` of each of them."""
+        return self._names
+
+    def words_in(self, text: str) -> set[str]:
+        """Return which of the names, without their schemas, plain SQL has in it."""
+        lower = text.lower()
+        if 'u&"' in lower:  # a name whose letters are given by their numbers
+            lower = _UNICODE.sub(lambda m: chr(int(m[1] or m[2], 16)), lower).lower()
+        hits = self._words & set(_WORDS.findall(lower))
+        return hits | {name for name in self._odd_names if name in lower}
+
     def check(self, found: Named) -> None:
         """Raise UnsupportedQueryError where what is named is not to run unrouted."""
         for text in found.texts:
-            lower = text.lower()
-            hits = self._words & set(_WORDS.findall(lower))
-            hits |= {name for name in self._odd_names if name in lower}
+            hits = self.words_in(text)
             if hits:
                 raise UnsupportedQueryError(
                     f"textual SQL names {', '.join(sorted(hits))}, whose rows are on"

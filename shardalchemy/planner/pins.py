@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import BindParameter, Column, TypeDecorator
@@ -30,7 +31,7 @@ from sqlalchemy.sql.elements import (
     Null,
 )
 
-from shardalchemy.planner.rowwise import why_not_rowwise
+from shardalchemy.planner.rowwise import why_not_whole
 from shardalchemy.planner.scopes import Element, Scope, conjuncts, is_loose_text
 from shardalchemy.planner.slots import AnyOf, Nowhere, SlotSet, Value, all_of
 from shardalchemy.schema import Kind, Pin, key_family, placement_of
@@ -38,11 +39,20 @@ from shardalchemy.schema import Kind, Pin, key_family, placement_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["Restriction", "restrictions", "selects_a_pin"]
+    from shardalchemy.planner.functions import Functions
+
+__all__ = [
+    "Place",
+    "Resolver",
+    "Restriction",
+    "compared_alike",
+    "equal_is_same_slot",
+    "restrictions",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """A pinning column of a sharded element, as some expression names it.
 
     ``outermost`` is the element of the expression's own scope; ``filters_inside`` says
@@ -74,10 +84,11 @@ class Restriction:
     attached_to: set[int] = field(default_factory=set)
 
 
-class _Resolver:
+class Resolver:
     """Finds the sharded table's column behind an expression."""
 
-    def __init__(self, scopes: Sequence[Scope]) -> None:
+    def __init__(self, scopes: Sequence[Scope], functions: Functions) -> None:
+        self._functions = functions
         self._by_select: dict[int, Scope] = {}
         self._references = Counter(
             id(element.subquery) for scope in scopes for element in scope.elements
@@ -86,7 +97,7 @@ class _Resolver:
             self._by_select.setdefault(id(scope.original), scope)
             self._by_select.setdefault(id(scope.select), scope)
 
-    def place(self, expression: Any, scope: Scope | None) -> _Place | None:
+    def place(self, expression: Any, scope: Scope | None) -> Place | None:
         """Return what *expression*, standing in *scope*, names, or None."""
         while isinstance(expression, Grouping | Label):
             expression = expression.element
@@ -100,7 +111,7 @@ class _Resolver:
             scope = scope.parent  # a correlated column belongs to a scope around
         return None
 
-    def _inside(self, column: Any, element: Element, scope: Scope) -> _Place | None:
+    def _inside(self, column: Any, element: Element, scope: Scope) -> Place | None:
         table = element.table
         if table is not None:
             placement = placement_of(table)
@@ -111,22 +122,22 @@ class _Resolver:
             if pin is None or base is None:
                 return None
             blankable = element.nullable or bool(base.nullable)
-            return _Place(element, scope, pin, base, element, True, blankable)
+            return Place(element, scope, pin, base, element, True, blankable)
         inner = self._by_select.get(id(element.subquery))
         if inner is None or inner.compound:
             return None
         for source in column._proxies:
             found = self.place(source, inner)
             if found is not None:
-                # A criterion on one use of a CTE says nothing of its other uses.
+                # A criterion on one use of a CTE says nothing of its other uses; one
+                # on what DISTINCT or GROUP BY compares may as well come before it.
                 filters_inside = (
                     found.filters_inside
                     and self._references[id(element.subquery)] == 1
-                    and why_not_rowwise(
+                    and why_not_whole(
                         inner.select,
-                        inner.original,
-                        # A criterion on what DISTINCT compares may come before it.
-                        distinct_by_shard=inner.select._distinct is True,
+                        self._functions,
+                        partial(self._is_same, found, inner),
                     )
                     is None
                 )
@@ -138,9 +149,18 @@ class _Resolver:
                 )
         return None
 
+    def _is_same(self, place: Place, scope: Scope, expression: Any) -> bool:
+        """Return whether *expression* names that place's column, of the same row."""
+        other = self.place(expression, scope)
+        return (
+            other is not None
+            and other.element is place.element
+            and other.column is place.column
+        )
+
 
 def restrictions(
-    scopes: Sequence[Scope], places: Mapping[int, int] | None
+    scopes: Sequence[Scope], places: Mapping[int, int] | None, resolver: Resolver
 ) -> list[Restriction]:
     """Return every sharded element of *scopes* with what restricts it."""
     found = [
@@ -154,7 +174,6 @@ def restrictions(
         )
     ]
     by_element = {id(r.element): r for r in found}
-    resolver = _Resolver(scopes)
     direct: dict[int, list[SlotSet]] = {}
     edges: list[tuple[Restriction, Restriction, bool]] = []
     for scope in scopes:
@@ -174,17 +193,7 @@ def restrictions(
     return found
 
 
-def selects_a_pin(scope: Scope, scopes: Sequence[Scope]) -> bool:
-    """Return whether a column of *scope* tells the shard of each of its rows.
-
-    Then equal rows are on one shard: what DISTINCT leaves of each shard is distinct.
-    """
-    resolver = _Resolver(scopes)
-    places = [resolver.place(c, scope) for c in scope.select._raw_columns]
-    return any(place is not None and not place.blankable for place in places)
-
-
-def _filters(filtered: frozenset[int], place: _Place) -> bool:
+def _filters(filtered: frozenset[int], place: Place) -> bool:
     """Return whether a criterion on *filtered* elements filters *place*'s rows."""
     return place.filters_inside and id(place.outermost) in filtered
 
@@ -212,8 +221,8 @@ def _propagate(
 
 
 def _pinned(
-    clause: Any, scope: Scope, resolver: _Resolver, places: Mapping[int, int] | None
-) -> Iterator[tuple[_Place, SlotSet]]:
+    clause: Any, scope: Scope, resolver: Resolver, places: Mapping[int, int] | None
+) -> Iterator[tuple[Place, SlotSet]]:
     """Yield the places that *clause* restricts, with the slots it allows."""
     while isinstance(clause, Grouping):
         clause = clause.element
@@ -240,7 +249,7 @@ def _pinned(
     if not isinstance(parameter, BindParameter):
         return
     wanted = operators.in_op if parameter.expanding else operators.eq
-    if clause.operator is not wanted or not _compared_alike(place.column, parameter):
+    if clause.operator is not wanted or not compared_alike(place.column, parameter):
         return
     if places is None:
         yield place, Value(place.pin.slot, None, parameter, parameter.expanding)
@@ -253,15 +262,15 @@ def _pinned(
 def _pinned_by_all(
     branches: Sequence[Any],
     scope: Scope,
-    resolver: _Resolver,
+    resolver: Resolver,
     places: Mapping[int, int] | None,
-) -> Iterator[tuple[_Place, SlotSet]]:
+) -> Iterator[tuple[Place, SlotSet]]:
     """Yield what every branch of an OR restricts."""
-    per_branch: list[dict[int, tuple[_Place, SlotSet]]] = []
+    per_branch: list[dict[int, tuple[Place, SlotSet]]] = []
     for branch in branches:
         if isinstance(branch, False_):
             continue
-        found: dict[int, tuple[_Place, SlotSet]] = {}
+        found: dict[int, tuple[Place, SlotSet]] = {}
         for part in conjuncts(branch):
             if is_loose_text(part):
                 found.clear()
@@ -277,7 +286,7 @@ def _pinned_by_all(
         yield place, AnyOf(tuple(found[key][1] for found in per_branch))
 
 
-def _compared_alike(column: Column[Any], parameter: Any) -> bool:
+def compared_alike(column: Column[Any], parameter: Any) -> bool:
     """Return whether PostgreSQL compares the two in the column's own type."""
     if isinstance(column.type, TypeDecorator) or isinstance(
         parameter.type, TypeDecorator
@@ -288,8 +297,8 @@ def _compared_alike(column: Column[Any], parameter: Any) -> bool:
 
 
 def _equalities(
-    clause: Any, scope: Scope, resolver: _Resolver
-) -> Iterator[tuple[_Place, _Place]]:
+    clause: Any, scope: Scope, resolver: Resolver
+) -> Iterator[tuple[Place, Place]]:
     """Yield pairs of places, each time first the one that may be filtered."""
     while isinstance(clause, Grouping):
         clause = clause.element
@@ -297,13 +306,18 @@ def _equalities(
         return
     left = resolver.place(clause.left, scope)
     right = resolver.place(clause.right, scope)
-    if left is None or right is None or left.pin.family != right.pin.family:
+    if left is None or right is None or not equal_is_same_slot(left, right):
         return
+    yield left, right
+    yield right, left
+
+
+def equal_is_same_slot(left: Place, right: Place) -> bool:
+    """Return whether two columns that are equal name the same slot."""
     types = (left.column.type, right.column.type)
     if any(isinstance(t, TypeDecorator) for t in types) and type(types[0]) is not type(
         types[1]
     ):
         # Stored values are compared, but each side's parameters convert their own way.
-        return
-    yield left, right
-    yield right, left
+        return False
+    return left.pin.family == right.pin.family

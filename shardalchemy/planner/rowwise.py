@@ -1,12 +1,16 @@
-"""Whether a SELECT is row-wise: its rows can be had per shard and concatenated.
+"""Whether the result of a SELECT is the concatenation of what each shard makes of it.
 
-An allow-list. A clause that is not known to keep rows apart makes the SELECT not
-row-wise, and `why_not_rowwise` says which clause that was.
+An allow-list, in two parts. `why_not_rows`: each row of the result comes from rows of
+one shard. `why_not_whole`: and nothing is done to all of them together afterwards, as
+ORDER BY, DISTINCT or LIMIT would. Each says which clause it was.
+
+GROUP BY, DISTINCT or a window's PARTITION BY a **key**, a column that tells the shard
+of its row, keep rows of several shards apart by themselves.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     BinaryExpression,
@@ -30,6 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.elements import (
     CollationClause,
+    CollectionAggregate,
     ColumnClause,
     ExpressionClauseList,
     FunctionFilter,
@@ -41,20 +46,14 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import Exists, FromClause, SelectStatementGrouping
 
-__all__ = ["why_not_rowwise"]
+from shardalchemy.planner.functions import is_custom
 
-# Functions of one row's values. Any other may be an aggregate or return a set, or, as
-# now() does, give another value on each shard.
-_SCALAR_FUNCTIONS = frozenset(
-    """
-    abs age ascii btrim ceil ceiling char_length coalesce concat concat_ws date_bin
-    date_part date_trunc extract floor format greatest initcap jsonb_build_object
-    json_build_object jsonb_extract_path jsonb_extract_path_text least left length lower
-    lpad ltrim make_date md5 mod nullif overlay position power replace reverse right
-    round rpad rtrim sign split_part sqrt strpos substr substring to_char to_date
-    to_number to_timestamp translate trim trunc upper
-    """.split()  # noqa: SIM905
-)
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shardalchemy.planner.functions import Functions
+
+__all__ = ["is_limited", "why_not_rows", "why_not_whole"]
 
 _SCALAR_CLASSES = (
     BinaryExpression,
@@ -64,6 +63,7 @@ _SCALAR_CLASSES = (
     Cast,
     ClauseList,
     CollationClause,
+    CollectionAggregate,
     ColumnClause,
     ExpressionClauseList,
     Extract,
@@ -80,69 +80,109 @@ _SCALAR_CLASSES = (
 )
 
 
-def why_not_rowwise(
-    select: Any, original: Any, *, distinct_by_shard: bool = False
+def why_not_rows(
+    select: Any, functions: Functions, is_key: Callable[[Any], bool]
 ) -> str | None:
-    """Return the first clause that keeps *select* from being row-wise, or None.
-
-    *original* is the statement as written; an ORDER BY that only eager loading has
-    added orders children within their parent, whose rows are on one shard.
-    *distinct_by_shard* says that equal rows are on one shard.
-    """
+    """Return the first clause whose rows need more than one shard, or None."""
     if not isinstance(select, Select):
         return "a set operation"
+    by_key = any(is_key(clause) for clause in select._group_by_clauses)
     for clause, present in (
-        ("GROUP BY", bool(select._group_by_clauses)),
-        ("HAVING", bool(select._having_criteria)),
-        ("DISTINCT ON", bool(getattr(select, "_distinct_on", ()))),
-        ("DISTINCT", bool(select._distinct) and not distinct_by_shard),
-        ("LIMIT", select._limit_clause is not None),
-        ("FETCH", select._fetch_clause is not None),
-        ("OFFSET", select._offset_clause is not None),
-        ("ORDER BY", bool(getattr(original, "_order_by_clauses", ()))),
+        ("GROUP BY", bool(select._group_by_clauses) and not by_key),
+        ("HAVING", bool(select._having_criteria) and not by_key),
         ("a prefix or suffix", bool(select._prefixes or select._suffixes)),
         ("a hint", bool(select._hints or select._statement_hints)),
         ("a CTE", bool(select._independent_ctes)),
     ):
         if present:
             return clause
+    expressions = _Expressions(functions, is_key, grouped=by_key)
     for column in select._raw_columns:
         if not isinstance(column, TableClause):
-            reason = _why_not_scalar(column)
+            reason = expressions.why_not(column)
             if reason is not None:
                 return reason
     return None
 
 
-def _why_not_scalar(part: Any) -> str | None:
-    """Return what in an expression of the columns is not a value of one row."""
-    if isinstance(part, ScalarSelect | Exists | SelectStatementGrouping | Select):
-        return None  # a scope of its own, which is looked at as such
-    if isinstance(part, Over):
-        return "a window function"
-    if isinstance(part, FunctionFilter | WithinGroup):
-        return "an aggregate"
-    if isinstance(part, FunctionElement):
-        name = getattr(part, "name", "")
-        packages = getattr(part, "packagenames", ())
-        if name.lower() not in _SCALAR_FUNCTIONS or packages or _is_custom(part):
-            return f"the function {name}() in the columns"
-    elif isinstance(part, FromClause):
-        return "a whole row"
-    elif not isinstance(part, _SCALAR_CLASSES) or _is_custom(part):
-        return f"a {type(part).__name__} in the columns"
-    if isinstance(part, ColumnClause) and part.is_literal:
-        return "a textual column"
-    for child in part.get_children():
-        reason = _why_not_scalar(child)
-        if reason is not None:
-            return reason
+def why_not_whole(
+    select: Any,
+    functions: Functions,
+    is_key: Callable[[Any], bool],
+    *,
+    ordered: bool = False,
+) -> str | None:
+    """Return the first clause that needs all rows together, or None.
+
+    *ordered* says that the order of the rows matters to whoever reads them.
+    """
+    reason = why_not_rows(select, functions, is_key)
+    if reason is not None:
+        return reason
+    distinct_on = getattr(select, "_distinct_on", ())
+    apart = any(map(is_key, distinct_on or select._raw_columns))
+    for clause, present in (
+        ("DISTINCT ON", bool(distinct_on) and not apart),
+        ("DISTINCT", bool(select._distinct) and not apart),
+        ("LIMIT", select._limit_clause is not None),
+        ("FETCH", select._fetch_clause is not None),
+        ("OFFSET", select._offset_clause is not None),
+        ("ORDER BY", ordered and bool(select._order_by_clauses)),
+    ):
+        if present:
+            return clause
     return None
 
 
-def _is_custom(part: Any) -> bool:
-    """Return whether an application has its own way to render this class."""
-    return any(
-        not base.__module__.startswith(("sqlalchemy.", "builtins", "typing"))
-        for base in type(part).__mro__
+def is_limited(select: Any) -> bool:
+    """Return whether a SELECT leaves out rows by their order."""
+    return isinstance(select, Select) and (
+        select._limit_clause is not None
+        or select._fetch_clause is not None
+        or select._offset_clause is not None
+        or bool(getattr(select, "_distinct_on", ()))
     )
+
+
+class _Expressions:
+    """Finds what in an expression is not a value of one row, or of one group."""
+
+    def __init__(
+        self, functions: Functions, is_key: Callable[[Any], bool], *, grouped: bool
+    ) -> None:
+        self._functions = functions
+        self._is_key = is_key
+        self._grouped = grouped
+
+    def why_not(self, part: Any) -> str | None:
+        if isinstance(part, ScalarSelect | Exists | SelectStatementGrouping | Select):
+            return None  # a scope of its own, which is looked at as such
+        if isinstance(part, Over):
+            parts = part.partition_by
+            if parts is None or not any(map(self._is_key, parts)):
+                return "a window function"
+            return self._of_children(part.element)
+        if isinstance(part, FunctionFilter | WithinGroup):
+            return self._of_children(part) if self._grouped else "an aggregate"
+        if isinstance(part, FunctionElement):
+            name = getattr(part, "name", "")
+            what = "unknown" if is_custom(part) else self._functions.of_element(part)
+            is_value = what in ("immutable", "stable")
+            if not is_value and not (what == "aggregate" and self._grouped):
+                return f"the function {name}() in the columns"
+        elif isinstance(part, FromClause):
+            return "a whole row"
+        elif not isinstance(part, _SCALAR_CLASSES) or is_custom(part):
+            ordered = type(part).__name__ == "aggregate_order_by" and self._grouped
+            if not ordered:
+                return f"a {type(part).__name__} in the columns"
+        if isinstance(part, ColumnClause) and part.is_literal and part.name != "*":
+            return "a textual column"
+        return self._of_children(part)
+
+    def _of_children(self, part: Any) -> str | None:
+        for child in part.get_children():
+            reason = self.why_not(child)
+            if reason is not None:
+                return reason
+        return None

@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import CTE, Alias, Delete, Join, Lateral, Subquery, Table, Update
+from sqlalchemy import (
+    CTE,
+    Alias,
+    Delete,
+    Join,
+    Lateral,
+    SelectBase,
+    Subquery,
+    Table,
+    Update,
+)
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
@@ -24,13 +34,24 @@ from sqlalchemy.sql.elements import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from sqlalchemy import BindParameter, ColumnElement, FromClause
     from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.cache_key import CacheKey
 
-__all__ = ["Criterion", "Element", "Scope", "conjuncts", "noted_scopes"]
+__all__ = [
+    "Criterion",
+    "Element",
+    "Noted",
+    "Noting",
+    "Scope",
+    "conjuncts",
+    "noted_scopes",
+    "noting",
+    "parameter_names",
+    "parameters_in",
+]
 
 
 @dataclass(slots=True, eq=False)
@@ -52,26 +73,33 @@ class Element:
     def subquery(self) -> Any:
         """The SELECT it reads, or None; of a CTE, the one it names."""
         clause: Any = self.clause
-        while isinstance(clause, Alias):
+        while isinstance(clause, Alias | CTE | Subquery | Lateral):
             clause = clause.element
-        is_select = isinstance(clause, CTE | Subquery | Lateral)
-        return clause.element if is_select else None
+        return clause if isinstance(clause, SelectBase) else None
 
 
 @dataclass(slots=True, eq=False)
 class Criterion:
-    """One ANDed condition, and the elements of its scope whose rows it filters."""
+    """One ANDed condition, and the elements of its scope whose rows it filters.
+
+    It may filter those in ``before`` by itself, before any join: the others are NULL
+    in rows without a partner, of which it has its say as well.
+    """
 
     clause: ColumnElement[Any]
     filters: frozenset[int]  # ids of Elements
+    before: frozenset[int]
 
 
 @dataclass(slots=True, eq=False)
 class Scope:
     """One SELECT as rendered.
 
-    ``parent`` is the scope it is rendered in; ``as_from`` says that it stands in its
-    parent's FROM clause (or is a CTE), rather than in an expression.
+    ``parent`` is the scope it is rendered in, ``index`` counts the scopes as they are
+    met. ``as_from`` says that it stands in its parent's FROM clause (or is a CTE),
+    rather than in an expression. ``used`` holds what its own expressions name: the
+    hash of each FROM element with the name of a column. ``is_loose`` says that plain
+    SQL in it may change what its criteria mean.
     """
 
     select: Any
@@ -79,9 +107,14 @@ class Scope:
     parent: Scope | None
     as_from: bool
     compound: bool
+    index: int = 0
+    froms: tuple[Any, ...] = ()
+    columns: tuple[Any, ...] = ()
     elements: list[Element] = field(default_factory=list)
     criteria: list[Criterion] = field(default_factory=list)
+    used: set[tuple[int, str]] = field(default_factory=set)
     has_full_join: bool = False
+    is_loose: bool = False
 
     def element_of(self, clause: Any) -> Element | None:
         """Return this scope's element that *clause* is, itself or as annotated."""
@@ -127,7 +160,7 @@ def is_loose_text(clause: Any) -> bool:
     return depth != 0 or "'" in text or _LOOSE.search(text) is not None
 
 
-class _Noting(SQLCompiler):
+class Noting(SQLCompiler):
     """What makes a dialect's compiler note each SELECT that it renders."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -158,15 +191,34 @@ class _Noting(SQLCompiler):
             select, compile_state, entry, asfrom, *rest
         )
         original, as_from, compound = self._pending.pop()
-        scope = Scope(select, original, self._around[-1], as_from, compound)
+        scope = Scope(
+            select,
+            original,
+            self._around[-1],
+            as_from,
+            compound,
+            self._next_index(),
+            tuple(froms),
+            tuple(named[3] for named in compile_state.columns_plus_names),
+        )
         for clause in froms:
             _add_from(scope, clause, nullable=False)
         _add_where(scope, select._where_criteria)
         if select._suffixes or select._prefixes or _has_hints(select):
             scope.criteria.clear()  # plain SQL that may change what they mean
+            scope.is_loose = True
         self.scopes.append(scope)
         self._around.append(scope)
         return froms
+
+    def _next_index(self) -> int:
+        return len(self.scopes)
+
+    def visit_column(self, column: Any, *args: Any, **kw: Any) -> Any:
+        scope = self._around[-1]
+        if scope is not None and column.table is not None:
+            scope.used.add((hash(column.table), column.name))
+        return super().visit_column(column, *args, **kw)
 
     def update_from_clause(
         self,
@@ -203,48 +255,83 @@ def _add_where(scope: Scope, criteria: Any) -> None:
     """Add the conditions of a WHERE to *scope*, unless loose text is among them."""
     parts = [part for criterion in criteria for part in conjuncts(criterion)]
     if any(is_loose_text(part) for part in parts):
+        scope.is_loose = True
         return
-    everything = frozenset(id(element) for element in scope.elements)
-    scope.criteria.extend(Criterion(part, everything) for part in parts)
+    everything = _ids(scope.elements)
+    firm = _ids(element for element in scope.elements if not element.nullable)
+    scope.criteria.extend(Criterion(part, everything, firm) for part in parts)
+
+
+def _ids(elements: Iterable[Element]) -> frozenset[int]:
+    return frozenset(id(element) for element in elements)
+
+
+def noting(dialect: Dialect, base: type[Noting] | None = None) -> type[Noting]:
+    """Return the compiler of *dialect* that notes scopes, or does as *base* as well."""
+    made: type[Noting] = _noting(dialect.statement_compiler, base or Noting)  # type: ignore[arg-type]
+    return made
 
 
 @cache
-def _noting(compiler: Any) -> type[_Noting]:
-    return type(f"Noting{compiler.__name__}", (_Noting, compiler), {})
+def _noting(compiler: Any, base: Any) -> type[Noting]:
+    return type(f"{base.__name__}{compiler.__name__}", (base, compiler), {})
 
 
-def _add_from(scope: Scope, clause: Any, *, nullable: bool) -> list[Element]:
-    """Add the elements of one FROM item, and the criteria of its joins, to *scope*."""
+def _add_from(
+    scope: Scope, clause: Any, *, nullable: bool
+) -> tuple[list[Element], list[Element]]:
+    """Add the elements of one FROM item, and the criteria of its joins, to *scope*.
+
+    Returns the elements, and those of them that are in each row of the item.
+    """
     while isinstance(clause, Grouping) or clause.__visit_name__ == "grouping":
         clause = clause.element
     if not isinstance(clause, Join):
         element = Element(clause, nullable)
         scope.elements.append(element)
-        return [element]
+        return [element], [element]
     scope.has_full_join |= clause.full
     outer = clause.isouter or clause.full
-    left = _add_from(scope, clause.left, nullable=nullable or clause.full)
-    right = _add_from(scope, clause.right, nullable=nullable or outer)
-    filtered = [] if clause.full else right if outer else [*left, *right]
-    filters = frozenset(id(element) for element in filtered)
+    left, firm_left = _add_from(scope, clause.left, nullable=nullable or clause.full)
+    right, firm_right = _add_from(scope, clause.right, nullable=nullable or outer)
+    if clause.full:
+        filters, before = _ids(()), _ids(())
+    elif outer:
+        filters, before = _ids(right), _ids(firm_right)
+    else:
+        filters, before = _ids([*left, *right]), _ids([*firm_left, *firm_right])
     if clause.onclause is not None:
         parts = list(conjuncts(clause.onclause))
-        if not any(is_loose_text(part) for part in parts):
-            scope.criteria.extend(Criterion(part, filters) for part in parts)
-    return [*left, *right]
+        if any(is_loose_text(part) for part in parts):
+            scope.is_loose = True
+        else:
+            scope.criteria.extend(Criterion(part, filters, before) for part in parts)
+    firm = [] if clause.full else firm_left if outer else [*firm_left, *firm_right]
+    return [*left, *right], firm
 
 
-def noted_scopes(
-    statement: Any, dialect: Dialect, cache_key: CacheKey | None
-) -> tuple[list[Scope], Mapping[int, int] | None]:
-    """Compile *statement* and return its scopes, outermost first.
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What one compilation of a statement has shown.
+
+    ``scopes`` are outermost first. ``places`` maps ``id(parameter)`` of each bound
+    parameter rendered to its place in the cache key, ``names`` that place to the names
+    it has in the SQL; both are None where there is no key. ``orm_criteria`` is what
+    the ORM adds to each entity it meets (``with_loader_criteria``).
+    """
+
+    scopes: list[Scope]
+    places: Mapping[int, int] | None
+    names: Mapping[int, tuple[str, ...]] | None
+    orm_criteria: Any
+
+
+def noted_scopes(statement: Any, dialect: Dialect, cache_key: CacheKey | None) -> Noted:
+    """Compile *statement* and return its scopes.
 
     An UPDATE or DELETE is a scope as well, of its table and those it reads beside.
-    The second value maps ``id(parameter)`` of each bound parameter rendered to its
-    place in the cache key; it is None where there is no key.
     """
-    make: Any = dialect.statement_compiler
-    compiler = _noting(make)(dialect, statement, cache_key=cache_key)
+    compiler = noting(dialect)(dialect, statement, cache_key=cache_key)
     if isinstance(statement, Update | Delete):
         target = Scope(statement, statement, None, as_from=False, compound=False)
         for clause in (statement.table, *compiler.extra_froms):
@@ -253,15 +340,38 @@ def noted_scopes(
         for scope in compiler.scopes:
             scope.parent = scope.parent or target
         compiler.scopes.insert(0, target)
+    orm_criteria = compiler._global_attributes
     if cache_key is None:
-        return compiler.scopes, None
+        return Noted(compiler.scopes, None, None, orm_criteria)
     places: dict[int, int] = {}
-    matches: Any = compiler._cache_key_bind_match
-    if matches is not None:
-        order: dict[BindParameter[Any], int] = {
-            parameter: i for i, parameter in enumerate(cache_key.bindparams)
-        }
-        for parameter, rendered in matches[0].items():
-            for one in rendered:
-                places[id(one)] = order[parameter]
-    return compiler.scopes, places
+    names = parameter_names(compiler, cache_key)
+    for index, rendered in parameters_in(compiler, cache_key).items():
+        for one in rendered:
+            places[id(one)] = index
+    return Noted(compiler.scopes, places, names, orm_criteria)
+
+
+def parameter_names(compiled: Any, cache_key: CacheKey) -> dict[int, tuple[str, ...]]:
+    """Return the names in the SQL of each parameter of the cache key, by place.
+
+    As many as it is rendered times.
+    """
+    known = compiled.bind_names
+    return {
+        index: tuple(known[one] for one in rendered if one in known)
+        for index, rendered in parameters_in(compiled, cache_key).items()
+    }
+
+
+def parameters_in(
+    compiled: Any, cache_key: CacheKey
+) -> dict[int, list[BindParameter[Any]]]:
+    """Return what *compiled* renders of each parameter of its cache key, by place."""
+    if compiled._cache_key_bind_match is None:
+        return {}
+    matches = compiled._cache_key_bind_match[0]
+    return {
+        index: list(rendered)
+        for index, parameter in enumerate(cache_key.bindparams)
+        if (rendered := matches.get(parameter))
+    }

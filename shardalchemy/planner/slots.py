@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from sqlalchemy import BindParameter
 
@@ -72,6 +72,30 @@ class Value:
         """Return whether this is the list that a loader passes under *key*."""
         return self.expanding and self.parameter.key == key
 
+    def lists(self) -> Iterator[Value]:
+        """Yield the lists of values in this set: itself, if it is one."""
+        if self.expanding and self.index is not None:
+            yield self
+
+    def by_owner(
+        self, arguments: Arguments, owners: Sequence[str]
+    ) -> dict[str, list[Any]] | None:
+        """Return the values of a list, by the shard that owns them.
+
+        None where one of them says of no shard.
+        """
+        values = self.read(arguments)
+        if not isinstance(values, list | tuple | set | frozenset):
+            return None
+        found: dict[str, list[Any]] = {}
+        for value in values:
+            if value is not None:
+                slot = self.slot(value)
+                if slot is None:
+                    return None
+                found.setdefault(owners[slot], []).append(value)
+        return found
+
     def evaluate(self, arguments: Arguments) -> set[int] | None:
         """Return the slots of the value or values."""
         value = self.read(arguments)
@@ -102,6 +126,10 @@ class Nowhere:
         """Return False."""
         return False
 
+    def lists(self) -> Iterator[Value]:
+        """Yield nothing."""
+        return iter(())
+
     def evaluate(self, arguments: Arguments) -> set[int] | None:
         """Return the empty set."""
         return set()
@@ -116,6 +144,11 @@ class AllOf:
     def is_list_of(self, key: str) -> bool:
         """Return whether one of the sets is the list that a loader passes."""
         return any(part.is_list_of(key) for part in self.parts)
+
+    def lists(self) -> Iterator[Value]:
+        """Yield the lists of values in all of the sets."""
+        for part in self.parts:
+            yield from part.lists()
 
     def evaluate(self, arguments: Arguments) -> set[int] | None:
         """Return the intersection; a part that does not restrict is left out."""
@@ -136,6 +169,11 @@ class AnyOf:
     def is_list_of(self, key: str) -> bool:
         """Return False."""
         return False
+
+    def lists(self) -> Iterator[Value]:
+        """Yield the lists of values in all of the sets."""
+        for part in self.parts:
+            yield from part.lists()
 
     def evaluate(self, arguments: Arguments) -> set[int] | None:
         """Return the union; a part that does not restrict makes it all slots."""

@@ -1,4 +1,9 @@
-"""Print the whole table: ``python -m tests.bench [rounds]``."""
+"""Print a table of measurements.
+
+``python -m tests.bench [ROUNDS]``: one row, one key, one commit at a time;
+``python -m tests.bench queries [ROWS [ROUNDS]]``: statements over many rows;
+``python -m tests.bench stream [ROWS]``: all of a table through ``yield_per``.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from shardalchemy.local import LocalCluster
 from shardalchemy.ring import KEY_TYPES
+from tests.bench import queries, streaming
 from tests.bench.bare import BareCommits
 from tests.bench.paired import Row, in_turn, in_turn_async, table
 from tests.bench.peers import Item, Peers, timed_commit
@@ -265,4 +271,9 @@ def main(rounds: int) -> str:
 
 
 if __name__ == "__main__":
-    print(main(int(sys.argv[1]) if len(sys.argv) > 1 else 400))
+    tables = {"queries": queries.main, "stream": streaming.main}
+    name, *numbers = sys.argv[1:] or ["400"]
+    if name in tables:
+        print(tables[name](*map(int, numbers)))
+    else:
+        print(main(int(name)))

@@ -1,4 +1,4 @@
-"""The commit protocol's own commands on bare psycopg: what the servers cost.
+"""The servers' own time: the same commands on bare psycopg.
 
 No session, no pool, no object: each round is sent to all servers before any reply is
 read. It is the least that a client can take on this machine.
@@ -9,17 +9,20 @@ from __future__ import annotations
 import select
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import psycopg
 from psycopg import generators
+from psycopg.adapt import Transformer
+from psycopg.pq.abc import PGconn, PGresult
 
 from tests.bench.peers import Peers
 
-__all__ = ["BareCommits"]
+__all__ = ["BareCommits", "BareReads"]
 
 
-class BareCommits:
+class _Bare:
     """A connection to each shard, as in a loop written for nothing else."""
 
     def __init__(self, peers: Peers) -> None:
@@ -31,6 +34,40 @@ class BareCommits:
             )
             for shard, engine in peers.engines.items()
         }
+
+    def _round(
+        self, sends: Mapping[str, Callable[[PGconn], None]]
+    ) -> dict[str, PGresult]:
+        """Send to all, then wait for all; return each shard's last result."""
+        poll = select.poll()
+        waiting = {}
+        for shard, send in sends.items():
+            send(self._connections[shard].pgconn)
+        for shard in sends:
+            connection = self._connections[shard]
+            running = generators.execute(connection.pgconn)
+            next(running)
+            waiting[connection.fileno()] = (shard, running)
+            poll.register(connection.fileno(), select.POLLIN)
+        results = {}
+        while waiting:
+            for descriptor, _ in poll.poll():
+                shard, running = waiting[descriptor]
+                try:
+                    running.send(1)
+                except StopIteration as stop:
+                    poll.unregister(descriptor)
+                    del waiting[descriptor]
+                    results[shard] = stop.value[-1]
+        return results
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+
+class BareCommits(_Bare):
+    """The commit protocol's commands."""
 
     def commit(self, shards: list[str], turn: int) -> float:
         """Return the seconds of committing one update on each of *shards*."""
@@ -44,34 +81,48 @@ class BareCommits:
         gid = f"bench-{uuid.uuid4()}"
         start = time.perf_counter()
         if len(shards) == 1:
-            self._round({shards[0]: "COMMIT"})
+            self._send({shards[0]: "COMMIT"})
         else:
             marker = f"INSERT INTO shardalchemy.txn VALUES ('{gid}', 'committed');"
-            self._round(
-                {s: f"{marker} PREPARE TRANSACTION '{gid}/{s}'" for s in shards}
-            )
-            self._round({s: f"COMMIT PREPARED '{gid}/{s}'" for s in shards})
+            self._send({s: f"{marker} PREPARE TRANSACTION '{gid}/{s}'" for s in shards})
+            self._send({s: f"COMMIT PREPARED '{gid}/{s}'" for s in shards})
         return time.perf_counter() - start
 
-    def _round(self, commands: Mapping[str, str]) -> None:
-        poll = select.poll()
-        waiting = {}
-        for shard, command in commands.items():
-            self._connections[shard].pgconn.send_query(command.encode())
-        for shard in commands:
-            connection = self._connections[shard]
-            running = generators.execute(connection.pgconn)
-            next(running)
-            waiting[connection.fileno()] = running
-            poll.register(connection.fileno(), select.POLLIN)
-        while waiting:
-            for descriptor, _ in poll.poll():
-                try:
-                    waiting[descriptor].send(1)
-                except StopIteration:
-                    poll.unregister(descriptor)
-                    del waiting[descriptor]
+    def _send(self, commands: Mapping[str, str]) -> None:
+        self._round(
+            {
+                shard: lambda pgconn, command=command: pgconn.send_query(
+                    command.encode()
+                )
+                for shard, command in commands.items()
+            }
+        )
 
-    def close(self) -> None:
+
+class BareReads(_Bare):
+    """One prepared statement on every server at once; nothing is merged."""
+
+    def __init__(self, peers: Peers) -> None:
+        super().__init__(peers)
+        self._prepared: dict[str, bytes] = {}
+
+    def read(self, sql: str) -> list[tuple[Any, ...]]:
+        """Return the rows of all servers, one server's after another's."""
+        name = self._prepared.get(sql) or self._prepare(sql)
+        results = self._round(
+            dict.fromkeys(
+                self._connections, lambda pgconn: pgconn.send_query_prepared(name, None)
+            )
+        )
+        rows: list[tuple[Any, ...]] = []
+        for shard, result in results.items():
+            reading = Transformer(self._connections[shard])
+            reading.set_pgresult(result)
+            rows += reading.load_rows(0, result.ntuples, tuple)
+        return rows
+
+    def _prepare(self, sql: str) -> bytes:
+        name = self._prepared[sql] = f"bare_{len(self._prepared)}".encode()
         for connection in self._connections.values():
-            connection.close()
+            connection.pgconn.prepare(name, sql.encode())
+        return name

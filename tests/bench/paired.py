@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import random
 import statistics
 import time
@@ -15,7 +16,10 @@ __all__ = ["Row", "in_turn", "in_turn_async", "table"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way's median, in seconds, and its ratio to the first way's."""
+    """One way's median, in seconds, and its ratio to the first way's.
+
+    Both are NaN of a way that has no answer.
+    """
 
     what: str
     way: str
@@ -102,8 +106,8 @@ def table(rows: list[Row]) -> str:
         unit, scale = ("ms", 1e3) if row.median >= 1e-3 else ("µs", 1e6)
         what = row.what if row.what != before else ""
         before = row.what
-        lines.append(
-            f"| {what} | {row.way} | {row.median * scale:.2f} {unit} |"
-            f" {row.ratio:.2f} | {row.target} |"
-        )
+        median, ratio = f"{row.median * scale:.2f} {unit}", f"{row.ratio:.2f}"
+        if math.isnan(row.median):
+            median = ratio = "-"
+        lines.append(f"| {what} | {row.way} | {median} | {ratio} | {row.target} |")
     return "\n".join(lines)

@@ -11,13 +11,14 @@ from sqlalchemy.exc import TimeoutError as WaitedTooLong
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from shardalchemy import AsyncShardedSession
-from shop.api import catalogue, customers, orders
+from shop.api import catalogue, customers, orders, reports
 from shop.errors import Conflict, NotFound, OutOfStock
 
 TAGS = [
     {"name": "customers", "description": "Accounts, addresses and carts."},
     {"name": "catalogue", "description": "What is on offer, and its stock."},
     {"name": "orders", "description": "From a cart to the door, and back."},
+    {"name": "reports", "description": "What was sold, to whom, and what was not."},
 ]
 
 
@@ -33,7 +34,7 @@ def create_app(
     """
     app = FastAPI(title="Shop", version="1.0", openapi_tags=TAGS, lifespan=lifespan)
     app.state.session_factory = session_factory
-    for routes in (customers.router, catalogue.router, orders.router):
+    for routes in (customers.router, catalogue.router, orders.router, reports.router):
         app.include_router(routes)
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(Conflict, _conflict)

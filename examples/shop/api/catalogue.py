@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, status
+from fastapi import APIRouter, Query, status
 
-from shop import services
+from shop import queries, services
 from shop.api.schemas import (
     CategoryView,
     Delivery,
     NewProduct,
     Problem,
+    ProductPage,
     ProductView,
 )
 from shop.api.transaction import InTransaction
+from shop.queries.products import ProductOrder
 
 router = APIRouter(
     tags=["catalogue"], responses={status.HTTP_404_NOT_FOUND: {"model": Problem}}
@@ -31,6 +34,32 @@ async def browse(
     slug: str, transaction: InTransaction, in_stock: bool = False
 ) -> list[ProductView]:
     return await transaction.many(ProductView, services.browse, slug, in_stock=in_stock)
+
+
+@router.get("/products", summary="Search the products")
+async def search(
+    transaction: InTransaction,
+    text: Annotated[str, Query(max_length=200, description="Words of a name.")] = "",
+    category: Annotated[str | None, Query(description="A category's slug.")] = None,
+    min_price: Annotated[int | None, Query(ge=0)] = None,
+    max_price: Annotated[int | None, Query(ge=0)] = None,
+    in_stock: bool = False,
+    order: ProductOrder = ProductOrder.NAME,
+    page: Annotated[int, Query(ge=1)] = 1,
+    size: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> ProductPage:
+    """A page past the last is empty."""
+    query = queries.products.search(
+        text=text,
+        category_slug=category,
+        min_price=min_price,
+        max_price=max_price,
+        in_stock=in_stock,
+        order=order,
+    )
+    return await transaction.one(
+        ProductPage, services.page, query, number=page, size=size
+    )
 
 
 @router.post(

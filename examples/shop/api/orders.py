@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Query, status
+from fastapi import APIRouter, Header, Path, Query, status
 
 from shop import services
 from shop.api.schemas import (
+    LatestOrder,
     NewOrder,
+    OrderPage,
     OrderSummary,
     OrderView,
     OutOfStockProblem,
@@ -73,6 +75,36 @@ async def order_history(
     """Newest first."""
     return await transaction.many(
         OrderSummary, services.order_history, customer_id, limit=limit, before=before
+    )
+
+
+@router.get(
+    "/customers/{customer_id}/orders/pages/{number}",
+    summary="Show a numbered page of a customer's orders",
+)
+async def orders_page(
+    customer_id: UUID,
+    number: Annotated[int, Path(ge=1)],
+    transaction: InTransaction,
+    size: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> OrderPage:
+    """Newest first; a page past the last is empty."""
+    return await transaction.one(
+        OrderPage, services.orders_page, customer_id, number=number, size=size
+    )
+
+
+@router.get("/orders", summary="List everybody's latest orders")
+async def latest_orders(
+    transaction: InTransaction,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    before: Annotated[
+        UUID | None, Query(description="The last id of the page before.")
+    ] = None,
+) -> list[LatestOrder]:
+    """Newest first, with who ordered and what."""
+    return await transaction.many(
+        LatestOrder, services.latest_orders, limit=limit, before=before
     )
 
 

@@ -17,7 +17,7 @@ CurrencyCode = Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
 Quantity = Annotated[int, Field(gt=0, le=1_000_000)]
 
 
-class _View(BaseModel):
+class View(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
 
@@ -26,7 +26,7 @@ class Registration(BaseModel):
     email: Email
 
 
-class CustomerView(_View):
+class CustomerView(View):
     id: UUID
     name: str
     email: str
@@ -39,14 +39,14 @@ class NewAddress(BaseModel):
     city: Text
 
 
-class AddressView(_View):
+class AddressView(View):
     id: UUID
     street: str
     postal_code: str
     city: str
 
 
-class CategoryView(_View):
+class CategoryView(View):
     slug: str
     name: str
 
@@ -60,7 +60,7 @@ class NewProduct(BaseModel):
     hot: bool = False
 
 
-class ProductView(_View):
+class ProductView(View):
     id: UUID
     name: str
     price: int
@@ -76,12 +76,12 @@ class CartQuantity(BaseModel):
     quantity: Quantity
 
 
-class CartItemView(_View):
+class CartItemView(View):
     product_id: UUID
     quantity: int
 
 
-class CartLineView(_View):
+class CartLineView(View):
     product: ProductView
     quantity: int
     amount: int
@@ -91,7 +91,7 @@ class NewOrder(BaseModel):
     address_id: UUID
 
 
-class OrderSummary(_View):
+class OrderSummary(View):
     id: UUID
     status: OrderStatus
     currency: str
@@ -99,14 +99,14 @@ class OrderSummary(_View):
     placed_at: datetime
 
 
-class OrderLineView(_View):
+class OrderLineView(View):
     product_id: UUID
     product_name: str
     quantity: int
     unit_price: int
 
 
-class PaymentView(_View):
+class PaymentView(View):
     kind: PaymentKind
     amount: int
     currency: str
@@ -118,6 +118,25 @@ class OrderView(OrderSummary):
     address_id: UUID
     lines: list[OrderLineView]
     payments: list[PaymentView]
+
+
+class OrderPage(View):
+    items: list[OrderSummary]
+    number: int
+    pages: int
+    total: int
+
+
+class ProductPage(View):
+    items: list[ProductView]
+    number: int
+    pages: int
+    total: int
+
+
+class LatestOrder(OrderSummary):
+    customer: CustomerView
+    lines: list[OrderLineView]
 
 
 class Problem(BaseModel):

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from shardalchemy import locator_id, sharded_by
 from shop.models.base import Base, Money, now
+from shop.models.customers import Customer
 
 
 class OrderStatus(StrEnum):
@@ -69,8 +70,10 @@ class Order(Base):
     total: Mapped[Money]
     placed_at: Mapped[datetime] = mapped_column(default=now)
 
+    customer: Mapped[Customer] = relationship()
     lines: Mapped[list[OrderLine]] = relationship(
-        back_populates="order", order_by="OrderLine.product_name"
+        back_populates="order",
+        order_by="[OrderLine.product_name, OrderLine.product_id]",
     )
     payments: Mapped[list[Payment]] = relationship(
         back_populates="order", order_by="Payment.id"

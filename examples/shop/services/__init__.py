@@ -31,9 +31,18 @@ from shop.services.orders import (
     refund_order,
     ship_order,
 )
+from shop.services.pages import (
+    Page,
+    latest_orders,
+    objects,
+    orders_page,
+    page,
+    rows,
+)
 from shop.services.stock import restock
 
 __all__ = [
+    "Page",
     "add_address",
     "add_category",
     "add_currency",
@@ -44,8 +53,12 @@ __all__ = [
     "cart",
     "categories",
     "customer",
+    "latest_orders",
+    "objects",
     "order",
     "order_history",
+    "orders_page",
+    "page",
     "place_order",
     "product",
     "put_in_cart",
@@ -53,5 +66,6 @@ __all__ = [
     "register",
     "remove_from_cart",
     "restock",
+    "rows",
     "ship_order",
 ]

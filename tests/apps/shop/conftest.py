@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 
-from shop_stage import Stage, plain
+from shop_stage import TRUNCATE, Stage, plain
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
@@ -21,11 +21,6 @@ from shardalchemy.local import LocalCluster
 from shop import data, invariants
 from shop.api import create_app
 from shop.models import Base
-
-TRUNCATE = """
-TRUNCATE cart_items, ledger_entries, payments, order_lines, orders, addresses,
-         customers, email_claims, stock_movements, products
-"""
 
 
 @pytest.fixture(scope="session")

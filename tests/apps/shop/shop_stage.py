@@ -18,6 +18,11 @@ from shop.services.catalogue import category
 
 CATEGORY = "lighting"
 
+TRUNCATE = """
+TRUNCATE cart_items, ledger_entries, payments, order_lines, orders, addresses,
+         customers, email_claims, stock_movements, products
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Buyer:

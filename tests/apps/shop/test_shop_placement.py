@@ -193,4 +193,7 @@ def test_only_the_declarations_know_about_shards() -> None:
         "services": {"ShardedSession"},
         "api": {"AsyncShardedSession", "ShardedSession"},
         "data": {"ShardedSession"},
+        "history": {"ShardedSession"},
+        "explain": {"ShardedSession", "UnsupportedQueryError"},
+        "__main__": {"Cluster"},
     }

@@ -1,0 +1,51 @@
+"""From where a statement goes to a `Plan` that a person can read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shardalchemy.schema import Kind
+
+if TYPE_CHECKING:
+    from shardalchemy.planner import Analysis, Plan
+    from shardalchemy.routing import Destination
+    from shardalchemy.session import ShardedSession
+
+__all__ = ["explained"]
+
+
+def explained(session: ShardedSession, where: Destination) -> Plan:
+    """Return the plan of a statement that goes *where*."""
+    from shardalchemy.planner import Plan, PlanKind, PlanPiece
+
+    topology = session._topology()
+    names = tuple(topology.home if s is None else s for s in where.shards)
+    if where.split is not None:
+        pieces = tuple(
+            PlanPiece(
+                piece.name,
+                piece.title,
+                piece.sql,
+                tuple(where.pieces[piece.name]),
+                "nothing pins the shard key" if piece.slots is None else "",
+            )
+            for piece in where.split.pieces
+        )
+        return Plan(where.split.kind, names, {}, pieces, where.split.steps)
+    kind = PlanKind.ROUTE if len(names) == 1 else PlanKind.SCATTER
+    why = _why(where.analysis, single=len(names) == 1)
+    return Plan(kind, names, dict.fromkeys(names, why))
+
+
+def _why(analysis: Analysis | None, *, single: bool) -> str:
+    if analysis is None:
+        return "named by an execution option"
+    if analysis.kind is Kind.HOME:
+        return "its tables live on the home shard"
+    if analysis.kind is Kind.REFERENCE:
+        return "every shard has a copy of its reference tables"
+    if single:
+        return "owns every key that the statement pins"
+    if None in analysis.slots:
+        return "nothing pins the shard key"
+    return "owns some of the keys that the statement pins"

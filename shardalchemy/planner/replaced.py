@@ -1,0 +1,76 @@
+"""Expressions taken apart: found again where they are written twice, and replaced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Column, Select
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.selectable import CompoundSelect
+from sqlalchemy.sql.util import _deep_deannotate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Lookup", "columns_in", "named_output", "sub_selects", "without_orm"]
+
+
+def without_orm(expression: Any) -> Any:
+    """Return *expression* without what the ORM has noted on its parts.
+
+    One with a SELECT in it is left as it is: the ORM still has to see that.
+    """
+    return expression if sub_selects([expression]) else _deep_deannotate(expression)
+
+
+def sub_selects(expressions: Iterable[Any]) -> bool:
+    """Return whether a SELECT is nested in *expressions*."""
+    return any(
+        isinstance(part, Select | CompoundSelect)
+        for expression in expressions
+        for part in visitors.iterate(expression)
+    )
+
+
+def columns_in(expressions: Iterable[Any]) -> Iterable[Any]:
+    """Yield the table columns in *expressions*."""
+    for expression in expressions:
+        for part in visitors.iterate(expression):
+            if getattr(part, "table", None) is not None:
+                yield part
+
+
+def named_output(name: Any, outputs: Iterable[Any]) -> Any:
+    """Return the one column of a result that is called *name*, or None."""
+    found = [c for c in outputs if getattr(c, "name", None) == name]
+    return found[0] if len(found) == 1 else None
+
+
+class Lookup:
+    """Names for expressions: equal ones, with the same parameters, have one name."""
+
+    def __init__(self) -> None:
+        self._names: dict[Any, str] = {}
+
+    def add(self, expression: Any, name: str) -> None:
+        """Give *expression* a name, unless it has one."""
+        key = self._key(expression)
+        if key is not None:
+            self._names.setdefault(key, name)
+
+    def find(self, expression: Any) -> str | None:
+        """Return the name of *expression*, if it was given one."""
+        key = self._key(expression)
+        return None if key is None else self._names.get(key)
+
+    @staticmethod
+    def _key(expression: Any) -> Any:
+        # Annotated tables and their plain ones have equal hashes, but not equal keys.
+        if isinstance(expression, Column) or (
+            getattr(expression, "table", None) is not None
+        ):
+            return hash(expression.table), expression.key
+        key = expression._generate_cache_key()
+        if key is None:
+            return id(expression)
+        return key.key, tuple(p.key for p in key.bindparams)

@@ -35,6 +35,7 @@ from shardalchemy.routing import (
     shard_of_identity,
 )
 from shardalchemy.schema import Kind, placement_of
+from shardalchemy.settings import Settings
 from shardalchemy.transaction import ShardedTransaction
 from shardalchemy.writes import run_write, write_of
 
@@ -100,6 +101,7 @@ class ShardedSession(Session):
         self._unfinished: dict[str, Any] = {}
         self._turns: list[Any] = []
         self._began_at: str | None = None
+        self._settings = Settings()
         super().__init__(**options)
 
     @property
@@ -137,7 +139,28 @@ class ShardedSession(Session):
         connection: Connection = super()._connection_for_bind(
             engine, execution_options, **kw
         )
+        if self._settings:
+            self._settings.repeat(self._names[engine.engine], connection)
         return connection
+
+    def _run_setting(self, run: Any, statement: Any, params: Any) -> Any:
+        """Run what changes a setting at home, and wherever the transaction is."""
+        result = run(None)
+        home = self._topology().home
+        self._settings.add(home, statement, params)
+        for shard, connection in self._connections_in_use().items():
+            self._settings.repeat(shard, connection)
+        return result
+
+    def _connections_in_use(self) -> dict[str, Connection]:
+        transaction = self._transaction
+        if transaction is None:
+            return {}
+        return {
+            self._names[connection.engine]: connection
+            for connection, *_ in set(transaction._connections.values())
+            if connection.engine in self._names
+        }
 
     def _commit_on(self, connections: Mapping[str, Connection]) -> None:
         """Commit shards that have all been written on; for `ShardedTransaction`."""
@@ -160,6 +183,7 @@ class ShardedSession(Session):
         """Let others have the rows' turns; for `ShardedTransaction` at its end."""
         self._written_shards.clear()
         self._began_at = None
+        self._settings.clear()
         while self._turns:
             self._turns.pop().release()
 
@@ -257,6 +281,8 @@ class ShardedSession(Session):
                 return run_here(made, given, **{**how, **final})
 
             return self._run_split(statement, where, options, run_final)
+        if analysis is not None and analysis.sets:
+            return self._run_setting(run, statement, params)
         if len(shards) == 1:
             return self._run_routed(run, shards[0], analysis)
         scalar = how.pop("_scalar_result", False)
@@ -507,6 +533,8 @@ class _RouteLast:
                 bind_arguments=None if shard is None else {"shard": shard},
             )
 
+        if analysis is not None and analysis.sets:
+            return session._run_setting(run, state.statement, params)
         if len(shards) > 1:
             own = state.statement._execution_options
             return session._run_on_all(run, shards, analysis, {**own, **options})

@@ -17,6 +17,7 @@ from sqlalchemy import Date as SqlDate
 from sqlalchemy import DateTime, String, Time
 from sqlalchemy.sql.functions import FunctionElement
 
+from shardalchemy.planner.clauses import distinct_on
 from shardalchemy.planner.functions import SCALARS, is_custom
 from shardalchemy.planner.names import named
 
@@ -175,7 +176,7 @@ def _picked_from_copies(
             getattr(select, "_limit_clause", None) is not None
             or getattr(select, "_offset_clause", None) is not None
             or getattr(select, "_fetch_clause", None) is not None
-            or bool(getattr(select, "_distinct_on", ()))
+            or bool(distinct_on(select))
         )
         if picks and id(scope) not in sharded:
             return "a LIMIT in a subquery"

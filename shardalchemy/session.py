@@ -37,7 +37,7 @@ from shardalchemy.routing import (
 from shardalchemy.schema import Kind, placement_of
 from shardalchemy.settings import Settings
 from shardalchemy.transaction import ShardedTransaction
-from shardalchemy.writes import run_write, write_of
+from shardalchemy.writes import Part, run_write, write_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.cluster import Cluster
     from shardalchemy.commit import Ack
+    from shardalchemy.guards import ScatterCount
     from shardalchemy.planner import Analysis, Plan
     from shardalchemy.routing import Destination
-    from shardalchemy.writes import Part
 
 __all__ = ["ShardedSession"]
 
@@ -102,6 +102,7 @@ class ShardedSession(Session):
         self._turns: list[Any] = []
         self._began_at: str | None = None
         self._settings = Settings()
+        self._scattered: ScatterCount = {}
         super().__init__(**options)
 
     @property
@@ -184,6 +185,7 @@ class ShardedSession(Session):
         self._written_shards.clear()
         self._began_at = None
         self._settings.clear()
+        self._scattered.clear()
         while self._turns:
             self._turns.pop().release()
 
@@ -262,6 +264,8 @@ class ShardedSession(Session):
             return self._execute_write(write, params, how)
         where = destination(self, statement, params, options)
         shards, analysis, params = where[:3]
+        if len(shards) > 1 or where.split is not None:
+            self._cluster._scatter_guard.check(self, statement, options, where)
 
         def run(shard: str | None) -> Any:
             if shard is not None:
@@ -421,7 +425,8 @@ class ShardedSession(Session):
     ) -> Plan:
         """Return on which shards *statement* would run, and why; run nothing.
 
-        Raises what executing it would raise before anything is sent.
+        Raises what executing it would raise before anything is sent, but for the guard
+        against statements on every shard.
         """
         where = destination(self, statement, params, execution_options)
         return explained(self, where)
@@ -475,7 +480,7 @@ def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
 
 
 def _invoking(state: ORMExecuteState) -> Any:
-    """Return what runs a part of a write as *state*'s own statement."""
+    """Return what runs a part on one shard as *state*'s own statement."""
     given = state.parameters
 
     def run(shard: str | None, part: Part) -> Any:
@@ -508,30 +513,24 @@ class _RouteLast:
         session: Any = state.session
         options = state.local_execution_options
         write = write_of(state.statement)
+        invoke = _invoking(state)
         if write is not None:
-            return run_write(
-                session, write, state.parameters, options, _invoking(state)
-            )
+            return run_write(session, write, state.parameters, options, invoke)
         where = destination(session, state.statement, state.parameters, options)
         shards, analysis, params = where[:3]
+        if len(shards) > 1 or where.split is not None:
+            guard = session._cluster._scatter_guard
+            guard.check(session, state.statement, options, where)
         if where.split is not None:
 
             def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
-                return state.invoke_statement(
-                    statement=made,
-                    params=given,
-                    bind_arguments={"shard": shard},
-                    execution_options=extra,
-                )
+                return invoke(shard, Part(made, given, options=extra))
 
             return session._run_split(state.statement, where, options, run_final)
 
         def run(shard: str | None) -> Any:
             given = params if shard is None else _with_own(params, where, shard)
-            return state.invoke_statement(
-                params=None if given is state.parameters else given,
-                bind_arguments=None if shard is None else {"shard": shard},
-            )
+            return invoke(shard, Part(state.statement, given))
 
         if analysis is not None and analysis.sets:
             return session._run_setting(run, state.statement, params)

@@ -20,6 +20,7 @@ from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.inserts import completed_insert
 from shardalchemy.moment import with_one_moment
 from shardalchemy.routing import (
+    Destination,
     check_not_a_copy,
     home_first,
     named_shard,
@@ -61,6 +62,7 @@ class Part:
 class _Write:
     parts: Mapping[str | None, Part]
     analysis: Analysis | None
+    pinned: bool = True
 
 
 def write_of(statement: Any) -> Any:
@@ -93,6 +95,8 @@ def run_write(
             for shard, part in parts.items()
         ]
         return results[0]
+    where = Destination(tuple(parts), analysis, params, pinned=write.pinned)
+    session._cluster._scatter_guard.check(session, statement, options, where)
     if options.get("autoflush", statement._execution_options.get("autoflush", True)):
         session._autoflush()
     shards = [shard for shard in parts if shard is not None]
@@ -146,6 +150,7 @@ def _planned(
             _on_copies(session, statement, analysis, params, options), analysis
         )
     own = statement._execution_options
+    pinned = True
     if isinstance(statement, Insert):
         rows = completed_insert(session, statement, analysis, params, options)
         by_shard: dict[str, list[int]] = {}
@@ -162,7 +167,7 @@ def _planned(
                 if s in by_shard
             }
     elif isinstance(params, list | tuple) and params:
-        parts = _by_parameter_sets(
+        parts, pinned = _by_parameter_sets(
             session, statement, analysis, extracted or (), params, {**own, **options}
         )
     else:
@@ -171,6 +176,7 @@ def _planned(
             session._autoflush()
         _check_keys_kept(statement, analysis, params)
         slots = slots_of(statement, analysis, extracted or (), params)
+        pinned = slots is not None
         shards = owners_of(topology, slots) or (shard_at_hand(session, topology),)
         parts = dict.fromkeys(shards, whole)
         if len(parts) > 1:
@@ -181,7 +187,7 @@ def _planned(
             }
     if len(parts) > 1 and analysis.scatter_problem is not None:
         raise not_on_several(analysis.scatter_problem, parts)
-    return _Write(parts, analysis)
+    return _Write(parts, analysis, pinned)
 
 
 def _on_copies(
@@ -218,26 +224,32 @@ def _by_parameter_sets(
     extracted: Sequence[Any],
     params: Sequence[Any],
     options: Mapping[str, Any],
-) -> dict[str | None, Part]:
-    """Return the part of each shard: the parameter sets whose rows it may have."""
+) -> tuple[dict[str | None, Part], bool]:
+    """Return the part of each shard: the parameter sets whose rows it may have.
+
+    Beside it, whether each set pins them.
+    """
     topology = session._topology()
     by_identity = _is_by_identity(statement, params, options)
     by_shard: dict[str, list[Any]] = {}
+    pinned = True
     for given in params:
         if by_identity:
             slots = _slots_of_identity(statement, given)
         else:
             _check_keys_kept(statement, analysis, given)
             slots = slots_of(statement, analysis, extracted, given)
+        pinned = pinned and slots is not None
         for shard in owners_of(topology, slots):
             by_shard.setdefault(shard, []).append(given)
     if not by_shard:
-        return {shard_at_hand(session, topology): Part(statement, params)}
-    return {
+        return {shard_at_hand(session, topology): Part(statement, params)}, pinned
+    parts: dict[str | None, Part] = {
         shard: Part(statement, by_shard[shard])
         for shard in topology.shards
         if shard in by_shard
     }
+    return parts, pinned
 
 
 def _is_by_identity(statement: Any, params: Any, options: Mapping[str, Any]) -> bool:

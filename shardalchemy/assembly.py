@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
     from sqlalchemy.engine import Dialect
-    from sqlalchemy.sql.cache_key import CacheKey
 
     from shardalchemy.planner import OwnKeys
     from shardalchemy.planner.split import ColumnType, Piece, Split
@@ -83,12 +82,11 @@ def assemble(
             connections[final_shard]
         )
     bounded = {**given, sql.MOST_ROWS: most_rows + 1}
-    key = statement._generate_cache_key()
-    types = _types(split, connections[final_shard], statement, key, bounded)
+    types = _types(split, connections[final_shard], statement, bounded)
     gathered = {piece.name: _Gathered() for piece in split.pieces}
 
     def compile_fetch(piece: Piece, dialect: Dialect) -> Any:
-        return sql.fetch(piece, types[piece.name], split, dialect, key)
+        return sql.fetch(piece, types[piece.name], split, dialect)
 
     def fetch(shard: str, connection: Connection) -> list[tuple[str, Any]]:
         answers = []
@@ -129,7 +127,7 @@ def assemble(
     final = split.compiled(
         connections[final_shard].dialect,
         "final",
-        lambda dialect: sql.final(statement, types, split, dialect, key),
+        lambda dialect: sql.final(types, split, dialect),
     )
     statement, options = _with_compiled(statement, final, connections[final_shard])
     return run(final_shard, statement, given, options)
@@ -139,7 +137,6 @@ def _types(
     split: Split,
     connection: Connection,
     statement: Any,
-    key: CacheKey | None,
     params: Mapping[str, Any],
 ) -> Mapping[str, Sequence[ColumnType]]:
     """Return the types of the pieces' columns; ask a shard the first time."""
@@ -148,7 +145,7 @@ def _types(
     if split.types is None:
         found = {}
         for piece in split.pieces:
-            compiled = sql.probe(piece, split, connection.dialect, key)
+            compiled = sql.probe(piece, split, connection.dialect)
             row = _execute(connection, statement, compiled, params).one()
             found[piece.name] = sql.told_types(piece, row)
         split.types = found

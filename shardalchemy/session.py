@@ -442,6 +442,7 @@ def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
         iter(rows),
         _source_supports_scalars=first._source_supports_scalars,
     )
+    whole.context = first.context  # loaders ask it whether rows repeat
     whole._attributes = first._attributes
     whole._unique_filter_state = first._unique_filter_state
     return whole

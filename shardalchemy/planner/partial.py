@@ -141,6 +141,9 @@ def combined(
     return piece, combine
 
 
+_SETS = frozenset({"rollup", "cube", "grouping_sets"})
+
+
 class _NotInTwoSteps(Exception):
     """An expression cannot be combined from partial results."""
 
@@ -362,12 +365,8 @@ def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] 
     known = Lookup()
 
     def add(clause: Any) -> None:
-        name = getattr(clause, "name", "")
-        is_sets = isinstance(clause, FunctionElement) and name.lower() in (
-            "rollup",
-            "cube",
-            "grouping_sets",
-        )
+        name = str(getattr(clause, "name", ""))
+        is_sets = isinstance(clause, FunctionElement) and name.lower() in _SETS
         if is_sets or clause.__visit_name__ in ("clauselist", "tuple", "grouping"):
             for child in clause.get_children():
                 add(child)
@@ -379,7 +378,7 @@ def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] 
         add(clause)
     if any(_is_aggregate(g, functions) for g in found):
         return None
-    for column in functional_keys(scope, found):
+    for column in functional_keys(scope, by):
         if known.find(column) is None:
             known.add(column, "known")
             found.append(column)
@@ -387,9 +386,16 @@ def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] 
 
 
 def functional_keys(scope: Scope, groups: Sequence[Any]) -> list[Any]:
-    """Return the columns that a GROUP BY of a table's primary key brings with it."""
+    """Return the columns that a GROUP BY of a table's primary key brings with it.
+
+    None where it has grouping sets: in some of them the key is not among the groups.
+    """
     found: list[Any] = []
-    by = {(hash(c.table), c.key) for c in columns_in(groups)}
+    by = {
+        (hash(c.table), c.key) for c in groups if getattr(c, "table", None) is not None
+    }
+    if len(groups) > len(by) and any(map(_has_sets, groups)):
+        return []
     for element in scope.elements:
         table = element.table
         if table is None or not table.primary_key.columns:
@@ -400,8 +406,16 @@ def functional_keys(scope: Scope, groups: Sequence[Any]) -> list[Any]:
                 (hash(c.table), c.key): c
                 for c in columns_in(map(without_orm, upper_clauses(scope)))
             }
-            found += [c for (source, _), c in used.items() if source == own]
+            found += [c for key, c in used.items() if key[0] == own and key not in by]
     return found
+
+
+def _has_sets(clause: Any) -> bool:
+    return any(
+        isinstance(part, FunctionElement)
+        and str(getattr(part, "name", "")).lower() in _SETS
+        for part in visitors.iterate(clause)
+    )
 
 
 def is_dedupable(scope: Scope, functions: Functions) -> bool:

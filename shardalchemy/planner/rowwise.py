@@ -98,6 +98,8 @@ def why_not_rows(
             return clause
     expressions = _Expressions(functions, is_key, grouped=by_key)
     for column in select._raw_columns:
+        if getattr(column, "is_literal", False):
+            return "a textual column"
         if not isinstance(column, TableClause):
             reason = expressions.why_not(column)
             if reason is not None:

@@ -357,10 +357,15 @@ def parameter_names(compiled: Any, cache_key: CacheKey) -> dict[int, tuple[str, 
     As many as it is rendered times.
     """
     known = compiled.bind_names
-    return {
-        index: tuple(known[one] for one in rendered if one in known)
-        for index, rendered in parameters_in(compiled, cache_key).items()
-    }
+    found = {}
+    for index, rendered in parameters_in(compiled, cache_key).items():
+        names = dict.fromkeys(known[one] for one in rendered if one in known)
+        found[index] = tuple(
+            name
+            for name in names
+            for _ in re.findall(rf"(POSTCOMPILE_|%\(){name}\b", compiled.string)
+        )
+    return found
 
 
 def parameters_in(
@@ -371,7 +376,8 @@ def parameters_in(
         return {}
     matches = compiled._cache_key_bind_match[0]
     return {
-        index: list(rendered)
+        # The first is the parameter of the key itself, rendered or not.
+        index: list(matches[parameter][1:])
         for index, parameter in enumerate(cache_key.bindparams)
-        if (rendered := matches.get(parameter))
+        if parameter in matches
     }

@@ -16,6 +16,8 @@ from sqlalchemy.util import EMPTY_DICT
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from sqlalchemy.sql.cache_key import CacheKey
+
     from shardalchemy.planner.plan import PlanKind
     from shardalchemy.planner.scopes import Noted
     from shardalchemy.planner.slots import SlotSet
@@ -105,6 +107,9 @@ class Final:
 class Split:
     """The pieces of a statement, and the final one over them.
 
+    It is made from one ``statement``, with the cache ``key`` by which others equal to
+    it find their own parameters in what is compiled here.
+
     ``whole`` makes the final SELECT of a statement that is replaced as a whole, from
     the types of the pieces' columns. ``at_home`` says that the final one reads tables
     of the home shard, ``tells_time`` that the time of the transaction is asked for.
@@ -113,6 +118,8 @@ class Split:
     """
 
     kind: PlanKind
+    statement: Any
+    key: CacheKey | None
     noted: Noted
     pieces: list[Piece] = field(default_factory=list)
     final: Final = field(default_factory=Final)

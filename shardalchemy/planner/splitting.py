@@ -54,7 +54,8 @@ class _Splitting:
         self._functions = layout.functions
         self._found = found
         self._problem = problem
-        self._split = Split(PlanKind.GATHER, layout.noted)
+        key = statement._generate_cache_key()
+        self._split = Split(PlanKind.GATHER, statement, key, layout.noted)
         self._has_text = any(text != "*" for text in found.texts)
         self._used: dict[int, set[str]] = {}
         for scope in layout.noted.scopes:
@@ -197,7 +198,9 @@ class _Splitting:
         for used in columns_in(map(without_orm, upper)):
             key = (hash(used.table), used.name)
             if key not in names:
-                names[key] = f"c{len(columns)}"
+                # The name of a column may be that of the result's, in a set operation.
+                taken = used.name in names.values()
+                names[key] = f"{used.name}_{len(columns)}" if taken else used.name
                 columns.append(used.label(names[key]))
         if not columns:
             columns.append(literal_column("1").label("c0"))

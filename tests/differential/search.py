@@ -96,15 +96,17 @@ class Search:
 
 def described(case: Case) -> str:
     """Return a case's statements as SQL for psql."""
+    statements = [s for s in (case.statement, *case.others) if s is not None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return "\n".join([f"-- {case.shape}", *map(_as_sql, statements)])
+
+
+def _as_sql(statement: Any) -> str:
     dialect = postgresql.dialect()
-    found = []
-    for statement in filter(None.__ne__, [case.statement, *case.others]):
-        try:
-            compiled = statement.compile(
-                dialect=dialect, compile_kwargs={"literal_binds": True}
-            )
-            found.append(f"{compiled};")
-        except Exception:
-            compiled = statement.compile(dialect=dialect)
-            found.append(f"{compiled};\n-- {compiled.params}")
-    return f"-- {case.shape}\n" + "\n".join(found)
+    try:
+        literal = {"literal_binds": True}
+        return f"{statement.compile(dialect=dialect, compile_kwargs=literal)};"
+    except Exception:  # some types have no literals; their values are listed then
+        compiled = statement.compile(dialect=dialect)
+        return f"{compiled};\n-- {compiled.params}"

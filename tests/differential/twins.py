@@ -358,17 +358,17 @@ class Twins:
     def judge(self, case: Case) -> Outcome:
         """Run a case on both sides and say what came of it."""
         try:
-            expected = self._run(self.plain, case)
+            expected = self.run(self.plain, case)
         except Failed as failed:
             try:
-                got = self._run(self.sharded, case)
+                got = self.run(self.sharded, case)
             except (Failed, Refused):
                 return Outcome("error on both", str(failed))
             return Outcome(
                 "WRONG", f"plain fails: {failed}\n but cluster gives {got!r}"
             )
         try:
-            got = self._run(self.sharded, case)
+            got = self.run(self.sharded, case)
         except Refused as refused:
             return Outcome("refused", str(refused))
         except Failed as failed:
@@ -378,7 +378,7 @@ class Twins:
             return Outcome("WRONG", difference)
         return Outcome("equal", self.kind_of(case))
 
-    def _run(self, maker: Any, case: Case) -> Any:
+    def run(self, maker: Any, case: Case) -> Any:
         with maker() as session:
             try:
                 return case.run(session)

@@ -227,10 +227,12 @@ def _slots(
         if n not in (column.key, key_name) and any(r.get(n) is None for r in rows)
     ]
     keys = [row.get(key_name, given) for row in rows]
-    if len(keys) >= _BULK and slot_of is _int8_slot and not locators:
-        quick = _int8_slots(keys)
-        if quick is not None:
+    if not locators and not any(key is None for key in keys):
+        numbers = slot_of is _int8_slot and len(keys) >= _BULK
+        quick = (_int8_slots(keys) if numbers else None) or list(map(slot_of, keys))
+        if None not in quick:
             return quick, rows
+    # What follows says which key is wrong as well.
     slots: list[int] = []
     completed: list[Any] = []
     changed = False
@@ -254,7 +256,7 @@ def _slots(
     return slots, completed if changed else rows
 
 
-def _int8_slots(keys: list[Any]) -> list[int] | None:
+def _int8_slots(keys: list[Any]) -> list[Any] | None:
     """Return the slots of *keys* if all are plain integers of 64 bits."""
     if "numpy" not in sys.modules or not all(type(key) is int for key in keys):
         return None

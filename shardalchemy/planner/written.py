@@ -18,7 +18,12 @@ from sqlalchemy import DateTime, String, Time
 from sqlalchemy.sql.functions import FunctionElement
 
 from shardalchemy.planner.names import named
-from shardalchemy.planner.rowwise import _SCALAR_FUNCTIONS, _is_custom
+from shardalchemy.planner.pins import _Resolver, restrictions
+from shardalchemy.planner.rowwise import (
+    _SCALAR_FUNCTIONS,
+    _is_custom,
+    why_not_rowwise,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence, Set
@@ -27,10 +32,11 @@ if TYPE_CHECKING:
 
     from shardalchemy.planner.names import Named
     from shardalchemy.planner.pins import Restriction
-    from shardalchemy.planner.scopes import Scope
+    from shardalchemy.planner.scopes import Element, Scope
 
 __all__ = [
     "STABLE",
+    "rows_stay",
     "stable_functions",
     "unlike_copies",
     "unlike_rows",
@@ -86,21 +92,50 @@ def unlike_shards(
     if problem is not None:
         return problem
     target = scopes[0].elements[0]
-    together = {r.group for r in restricted if r.element is target}
-    grown = True
-    while grown:
-        attached = {r.group for r in restricted if r.attached_to & together}
-        grown = not attached <= together
-        together |= attached
-    apart = sorted(
-        {str(r.element.table) for r in restricted if r.group not in together}
-    )
+    apart = _apart_from(target, restricted)
     if apart:
         return (
             f"an UPDATE or DELETE of {target.table} that reads {' and '.join(apart)},"
             " not by equal shard keys,"
         )
     return None
+
+
+def rows_stay(scopes: Sequence[Scope], found: Named, column: Any, family: str) -> bool:
+    """Return whether each row of a SELECT has the key of a row of its own shard.
+
+    Then the rows may be inserted where they are read, *column* of the SELECT being the
+    shard key of the table they go to. *scopes* are the SELECT's, its own first;
+    *family* is that of the key's pin.
+    """
+    top = scopes[0]
+    place = _Resolver(scopes).place(column, top)
+    if (
+        place is None
+        or place.blankable
+        or not place.filters_inside
+        or place.pin.family != family
+        or why_not_rowwise(top.select, top.original) is not None
+    ):
+        return False
+    restricted = restrictions(scopes, None)
+    problem = (
+        _unlike_calls(found.parts, found.texts, _SCALAR_FUNCTIONS | _AGGREGATES)
+        or _unlike_clauses(None, scopes)
+        or _picked_from_copies(scopes, restricted)
+    )
+    return problem is None and not _apart_from(place.element, restricted)
+
+
+def _apart_from(target: Element, restricted: list[Restriction]) -> list[str]:
+    """Return the tables whose rows are not tied to *target*'s by equal keys."""
+    together = {r.group for r in restricted if r.element is target}
+    grown = True
+    while grown:
+        attached = {r.group for r in restricted if r.attached_to & together}
+        grown = not attached <= together
+        together |= attached
+    return sorted({str(r.element.table) for r in restricted if r.group not in together})
 
 
 def unlike_copies(found: Named, *, one_row: bool) -> str | None:

@@ -67,7 +67,7 @@ def _slot(
     """Return the slot of a row, and the row with what it lacked."""
     if how["isstates"]:
         if how["isupdate"]:
-            return rows.stored_slot(item), item
+            return rows.kept_slot(item), item
         return rows.new_slot(item, session._next_value), item
     if how["isupdate"]:
         # SQLAlchemy says what is wrong with a row that has no primary key.

@@ -34,7 +34,12 @@ from shardalchemy.planner.names import Guard, Named, named, whole_text
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.planner.slots import Arguments
 from shardalchemy.planner.splitting import split
-from shardalchemy.planner.written import unlike_copies, unlike_rows, unlike_shards
+from shardalchemy.planner.written import (
+    rows_stay,
+    unlike_copies,
+    unlike_rows,
+    unlike_shards,
+)
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
@@ -202,6 +207,14 @@ class Analyser:
         """Return how the shard keys of the tables in *statement* are hashed."""
         placements = [placement_of(table) for table in named(statement).tables]
         return [p.pin for p in placements if p.pin is not None]
+
+    def stays(self, select: Any, column: Any, pin: Pin) -> bool:
+        """Return whether rows of *select* may be inserted on the shards they are on.
+
+        *column* of it is the shard key, hashed as *pin* says, of the table they go to.
+        """
+        layout = Layout(self._noted(select, None), self._functions)
+        return rows_stay(layout, named(select), column, pin.family)
 
     def _analyse(self, statement: Any, key: CacheKey | None) -> Analysis:
         if getattr(statement, "_is_lambda_element", False):

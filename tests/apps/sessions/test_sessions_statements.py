@@ -283,7 +283,9 @@ REFUSED: list[Callable[[], Any]] = [
     lambda: select(text("count(*)")).select_from(Customer),
     lambda: delete(Customer).where(Customer.id.in_(select(Reading.number))),
     lambda: update(Customer).where(Customer.id == 1).values(id=2),
-    lambda: insert(Customer).from_select(["id"], select(Reading.sensor)),
+    lambda: insert(Customer).from_select(
+        ["id"], select(Reading.sensor).with_for_update()
+    ),
 ]
 
 

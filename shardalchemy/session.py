@@ -473,7 +473,8 @@ def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
         iter(rows),
         _source_supports_scalars=first._source_supports_scalars,
     )
-    whole.context = first.context  # loaders ask it whether rows repeat
+    # Loaders ask it whether rows repeat.
+    whole.context = getattr(first, "context", None)
     whole._attributes = first._attributes
     whole._unique_filter_state = first._unique_filter_state
     return whole

@@ -41,10 +41,11 @@ def explained(session: ShardedSession, where: Destination) -> Plan:
 def _why_there(piece: Piece) -> str:
     """Return which rows of a piece are fetched, and why not fewer."""
     if piece.needs:
-        return "; ".join(
-            f"{need.column.name} in {need.source.name}.{need.source.columns[need.index]}"
-            for need in piece.needs
-        )
+        among = [
+            (n.column.name, n.source.name, n.source.columns[n.index])
+            for n in piece.needs
+        ]
+        return "; ".join(f"{name} in {rows}.{column}" for name, rows, column in among)
     return "nothing pins the shard key" if piece.slots is None else ""
 
 

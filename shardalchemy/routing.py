@@ -236,8 +236,10 @@ def slots_of(
 
 def owners_of(topology: Topology, slots: set[int] | None) -> tuple[str, ...]:
     """Return the shards that own any of *slots*, in the topology's order."""
+    if slots is None:
+        return topology.owning
     owners = topology.owners
-    needed = set(owners) if slots is None else {owners[slot] for slot in slots}
+    needed = {owners[slot] for slot in slots}
     return tuple(shard for shard in topology.shards if shard in needed)
 
 

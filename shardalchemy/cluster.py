@@ -27,6 +27,7 @@ from shardalchemy.catalog import (
 from shardalchemy.catalog.install import lock_catalog
 from shardalchemy.engine import Bindings, OneAtATime, ShardEngines, fanout
 from shardalchemy.errors import ConfigurationError, ShardKeyError
+from shardalchemy.guards import ScatterGuard
 from shardalchemy.locks import RowLocks
 from shardalchemy.ring import allocate
 from shardalchemy.schema import Kind, Placement, checked, placement_of
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         Recovery,
         RecoveryReport,
     )
+    from shardalchemy.guards import Scatter
     from shardalchemy.planner import Analyser, Plan
 
 __all__ = ["Cluster"]
@@ -66,6 +68,13 @@ class Cluster:
     *max_connections* bounds the connections this process opens to all shards together.
     *gather_max_rows* bounds the rows that a statement may bring from all shards to one,
     where it cannot be answered otherwise.
+    *scatter* says what becomes of a statement whose shard keys nothing pins, so that it
+    runs on every shard: ``"allow"`` it, ``"warn"`` with its plan (`ScatterWarning`), or
+    ``"forbid"`` it (`UnsupportedQueryError`). Keys in an ``IN`` are pinned, however
+    many. *scatter_loop* is after how many executions of one such statement in one
+    transaction there is a warning, once in this process; 0 for never. A session, a
+    statement or a call says otherwise by ``execution_options(scatter=…)``, also for the
+    relationships that are loaded with it.
     Other options are passed to ``create_engine`` for each shard: ``pool_size``,
     ``max_overflow``, ``echo``, ``connect_args``.
 
@@ -85,6 +94,8 @@ class Cluster:
         ack: Ack = "committed",
         max_connections: int | None = None,
         gather_max_rows: int = 100_000,
+        scatter: Scatter = "allow",
+        scatter_loop: int = 100,
         **engine_options: Any,
     ) -> None:
         if not shards:
@@ -96,6 +107,7 @@ class Cluster:
                 )
         self.ack = ack
         self.gather_max_rows = gather_max_rows
+        self._scatter_guard = ScatterGuard(scatter, scatter_loop)
         self._shards = ShardEngines(
             shards, max_connections=max_connections, **engine_options
         )

@@ -16,6 +16,7 @@ __all__ = [
     "DeclarationError",
     "LocalServerError",
     "LockTimeout",
+    "ScatterWarning",
     "ShardAlchemyError",
     "ShardKeyError",
     "TopologyChanged",
@@ -51,6 +52,10 @@ class ShardKeyError(ShardAlchemyError, sa_exc.InvalidRequestError):
 
 class UnsupportedQueryError(ShardAlchemyError, sa_exc.InvalidRequestError):
     """A statement cannot be answered exactly over several shards."""
+
+
+class ScatterWarning(ShardAlchemyError, sa_exc.SAWarning):
+    """A statement runs on every shard; the one of these errors that only warns."""
 
 
 class TopologyChanged(ShardAlchemyError, sa_exc.InvalidRequestError):

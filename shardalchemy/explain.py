@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from shardalchemy.schema import Kind
 
 if TYPE_CHECKING:
-    from shardalchemy.planner import Analysis, Plan
+    from shardalchemy.planner import Plan
     from shardalchemy.routing import Destination
     from shardalchemy.session import ShardedSession
 
@@ -33,11 +33,12 @@ def explained(session: ShardedSession, where: Destination) -> Plan:
         )
         return Plan(where.split.kind, names, {}, pieces, where.split.steps)
     kind = PlanKind.ROUTE if len(names) == 1 else PlanKind.SCATTER
-    why = _why(where.analysis, single=len(names) == 1)
+    why = _why(where, single=len(names) == 1)
     return Plan(kind, names, dict.fromkeys(names, why))
 
 
-def _why(analysis: Analysis | None, *, single: bool) -> str:
+def _why(where: Destination, *, single: bool) -> str:
+    analysis = where.analysis
     if analysis is None:
         return "named by an execution option"
     if analysis.kind is Kind.HOME:
@@ -46,6 +47,6 @@ def _why(analysis: Analysis | None, *, single: bool) -> str:
         return "every shard has a copy of its reference tables"
     if single:
         return "owns every key that the statement pins"
-    if None in analysis.slots:
+    if not where.pinned:
         return "nothing pins the shard key"
     return "owns some of the keys that the statement pins"

@@ -55,7 +55,7 @@ class Destination(NamedTuple):
     of the statement; ``shards`` then has only that of the final one, and ``pieces`` the
     shards of each piece, by its name. ``own`` has the lists of keys of which each shard
     is sent its own: by their place in the cache key, the name in the SQL and the values
-    by shard.
+    by shard. ``pinned`` says that the statement's keys decide on which shards it runs.
     """
 
     shards: Sequence[str | None]
@@ -64,6 +64,7 @@ class Destination(NamedTuple):
     split: Split | None = None
     pieces: Mapping[str, Sequence[str]] = EMPTY_DICT
     own: OwnKeys = EMPTY_DICT
+    pinned: bool = True
 
 
 def destination(
@@ -107,22 +108,21 @@ def destination(
         if analysis.pieces is not None:
             split = analysis.pieces.split()
             values = extracted or ()
-            pieces = {
-                piece.name: owners_of(
-                    topology,
-                    _slots_in(statement, analysis, piece.slots, values, params),
-                )
+            needed = {
+                piece.name: _slots_in(statement, analysis, piece.slots, values, params)
                 for piece in split.pieces
             }
+            pieces = {name: owners_of(topology, some) for name, some in needed.items()}
+            pinned = None not in needed.values()
             working = [shard for some in pieces.values() for shard in some]
             final = topology.home if split.at_home else (working or shards)[0]
             own = _own_keys(statement, analysis, values, params, topology)
-            return Destination((final,), analysis, params, split, pieces, own)
+            return Destination((final,), analysis, params, split, pieces, own, pinned)
         raise not_on_several(str(analysis.scatter_problem), shards)
     if len(shards) > 1 and analysis.lists and not analysis.writes:
         own = _own_keys(statement, analysis, extracted or (), params, topology)
-        return Destination(shards, analysis, params, own=own)
-    return Destination(shards, analysis, params)
+        return Destination(shards, analysis, params, own=own, pinned=slots is not None)
+    return Destination(shards, analysis, params, pinned=slots is not None)
 
 
 def not_on_several(problem: str, shards: Iterable[str | None]) -> UnsupportedQueryError:

@@ -35,8 +35,9 @@ from shardalchemy.routing import (
     shard_of_identity,
 )
 from shardalchemy.schema import Kind, placement_of
+from shardalchemy.settings import Settings
 from shardalchemy.transaction import ShardedTransaction
-from shardalchemy.writes import run_write, write_of
+from shardalchemy.writes import Part, run_write, write_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -48,9 +49,9 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.cluster import Cluster
     from shardalchemy.commit import Ack
+    from shardalchemy.guards import ScatterCount
     from shardalchemy.planner import Analysis, Plan
     from shardalchemy.routing import Destination
-    from shardalchemy.writes import Part
 
 __all__ = ["ShardedSession"]
 
@@ -100,6 +101,8 @@ class ShardedSession(Session):
         self._unfinished: dict[str, Any] = {}
         self._turns: list[Any] = []
         self._began_at: str | None = None
+        self._settings = Settings()
+        self._scattered: ScatterCount = {}
         super().__init__(**options)
 
     @property
@@ -137,7 +140,28 @@ class ShardedSession(Session):
         connection: Connection = super()._connection_for_bind(
             engine, execution_options, **kw
         )
+        if self._settings:
+            self._settings.repeat(self._names[engine.engine], connection)
         return connection
+
+    def _run_setting(self, run: Any, statement: Any, params: Any) -> Any:
+        """Run what changes a setting at home, and wherever the transaction is."""
+        result = run(None)
+        home = self._topology().home
+        self._settings.add(home, statement, params)
+        for shard, connection in self._connections_in_use().items():
+            self._settings.repeat(shard, connection)
+        return result
+
+    def _connections_in_use(self) -> dict[str, Connection]:
+        transaction = self._transaction
+        if transaction is None:
+            return {}
+        return {
+            self._names[connection.engine]: connection
+            for connection, *_ in set(transaction._connections.values())
+            if connection.engine in self._names
+        }
 
     def _commit_on(self, connections: Mapping[str, Connection]) -> None:
         """Commit shards that have all been written on; for `ShardedTransaction`."""
@@ -160,6 +184,8 @@ class ShardedSession(Session):
         """Let others have the rows' turns; for `ShardedTransaction` at its end."""
         self._written_shards.clear()
         self._began_at = None
+        self._settings.clear()
+        self._scattered.clear()
         while self._turns:
             self._turns.pop().release()
 
@@ -238,6 +264,8 @@ class ShardedSession(Session):
             return self._execute_write(write, params, how)
         where = destination(self, statement, params, options)
         shards, analysis, params = where[:3]
+        if len(shards) > 1 or where.split is not None:
+            self._cluster._scatter_guard.check(self, statement, options, where)
 
         def run(shard: str | None) -> Any:
             if shard is not None:
@@ -257,6 +285,8 @@ class ShardedSession(Session):
                 return run_here(made, given, **{**how, **final})
 
             return self._run_split(statement, where, options, run_final)
+        if analysis is not None and analysis.sets:
+            return self._run_setting(run, statement, params)
         if len(shards) == 1:
             return self._run_routed(run, shards[0], analysis)
         scalar = how.pop("_scalar_result", False)
@@ -395,7 +425,8 @@ class ShardedSession(Session):
     ) -> Plan:
         """Return on which shards *statement* would run, and why; run nothing.
 
-        Raises what executing it would raise before anything is sent.
+        Raises what executing it would raise before anything is sent, but for the guard
+        against statements on every shard.
         """
         where = destination(self, statement, params, execution_options)
         return explained(self, where)
@@ -449,7 +480,7 @@ def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
 
 
 def _invoking(state: ORMExecuteState) -> Any:
-    """Return what runs a part of a write as *state*'s own statement."""
+    """Return what runs a part on one shard as *state*'s own statement."""
     given = state.parameters
 
     def run(shard: str | None, part: Part) -> Any:
@@ -482,31 +513,27 @@ class _RouteLast:
         session: Any = state.session
         options = state.local_execution_options
         write = write_of(state.statement)
+        invoke = _invoking(state)
         if write is not None:
-            return run_write(
-                session, write, state.parameters, options, _invoking(state)
-            )
+            return run_write(session, write, state.parameters, options, invoke)
         where = destination(session, state.statement, state.parameters, options)
         shards, analysis, params = where[:3]
+        if len(shards) > 1 or where.split is not None:
+            guard = session._cluster._scatter_guard
+            guard.check(session, state.statement, options, where)
         if where.split is not None:
 
             def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
-                return state.invoke_statement(
-                    statement=made,
-                    params=given,
-                    bind_arguments={"shard": shard},
-                    execution_options=extra,
-                )
+                return invoke(shard, Part(made, given, options=extra))
 
             return session._run_split(state.statement, where, options, run_final)
 
         def run(shard: str | None) -> Any:
             given = params if shard is None else _with_own(params, where, shard)
-            return state.invoke_statement(
-                params=None if given is state.parameters else given,
-                bind_arguments=None if shard is None else {"shard": shard},
-            )
+            return invoke(shard, Part(state.statement, given))
 
+        if analysis is not None and analysis.sets:
+            return session._run_setting(run, state.statement, params)
         if len(shards) > 1:
             own = state.statement._execution_options
             return session._run_on_all(run, shards, analysis, {**own, **options})

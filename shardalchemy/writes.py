@@ -20,6 +20,7 @@ from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.inserts import completed_insert
 from shardalchemy.moment import with_one_moment
 from shardalchemy.routing import (
+    Destination,
     check_not_a_copy,
     home_first,
     named_shard,
@@ -30,6 +31,11 @@ from shardalchemy.routing import (
 )
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
+from shardalchemy.selected import (
+    inserts_elsewhere,
+    selected_rows,
+    stays_on_its_shard,
+)
 from shardalchemy.synchronize import one_synchronizes
 
 if TYPE_CHECKING:
@@ -61,6 +67,7 @@ class Part:
 class _Write:
     parts: Mapping[str | None, Part]
     analysis: Analysis | None
+    pinned: bool = True
 
 
 def write_of(statement: Any) -> Any:
@@ -93,6 +100,8 @@ def run_write(
             for shard, part in parts.items()
         ]
         return results[0]
+    where = Destination(tuple(parts), analysis, params, pinned=write.pinned)
+    session._cluster._scatter_guard.check(session, statement, options, where)
     if options.get("autoflush", statement._execution_options.get("autoflush", True)):
         session._autoflush()
     shards = [shard for shard in parts if shard is not None]
@@ -138,6 +147,13 @@ def _planned(
         check_not_a_copy(statement)
         return _Write({named: whole}, None)
     topology = session._topology()
+    if isinstance(statement, Insert) and inserts_elsewhere(statement):
+        if stays_on_its_shard(session, statement):
+            return _each_its_own(session, statement, params)
+        selected = selected_rows(session, statement, params)
+        if selected.params is None:
+            return _Write({shard_at_hand(session, topology): Part(*selected)}, None)
+        return _planned(session, *selected, options)
     analysis, extracted = session._cluster._analyser.analyse(statement)
     if analysis.kind is Kind.HOME:
         return _Write({None: whole}, analysis)
@@ -146,6 +162,7 @@ def _planned(
             _on_copies(session, statement, analysis, params, options), analysis
         )
     own = statement._execution_options
+    pinned = True
     if isinstance(statement, Insert):
         rows = completed_insert(session, statement, analysis, params, options)
         by_shard: dict[str, list[int]] = {}
@@ -162,7 +179,7 @@ def _planned(
                 if s in by_shard
             }
     elif isinstance(params, list | tuple) and params:
-        parts = _by_parameter_sets(
+        parts, pinned = _by_parameter_sets(
             session, statement, analysis, extracted or (), params, {**own, **options}
         )
     else:
@@ -171,6 +188,7 @@ def _planned(
             session._autoflush()
         _check_keys_kept(statement, analysis, params)
         slots = slots_of(statement, analysis, extracted or (), params)
+        pinned = slots is not None
         shards = owners_of(topology, slots) or (shard_at_hand(session, topology),)
         parts = dict.fromkeys(shards, whole)
         if len(parts) > 1:
@@ -181,7 +199,19 @@ def _planned(
             }
     if len(parts) > 1 and analysis.scatter_problem is not None:
         raise not_on_several(analysis.scatter_problem, parts)
-    return _Write(parts, analysis)
+    return _Write(parts, analysis, pinned)
+
+
+def _each_its_own(session: ShardedSession, statement: Any, params: Any) -> _Write:
+    """Return an INSERT … SELECT of rows that stay on the shards they are read from."""
+    analysis, extracted = session._cluster._analyser.analyse(statement.select)
+    if extracted is None or any(p.callable is not None for p in extracted):
+        session._autoflush()
+    slots = slots_of(statement.select, analysis, extracted or (), params)
+    topology = session._topology()
+    shards = owners_of(topology, slots) or (shard_at_hand(session, topology),)
+    parts: dict[str | None, Part] = dict.fromkeys(shards, Part(statement, params))
+    return _Write(parts, replace(analysis, writes=True))
 
 
 def _on_copies(
@@ -218,26 +248,32 @@ def _by_parameter_sets(
     extracted: Sequence[Any],
     params: Sequence[Any],
     options: Mapping[str, Any],
-) -> dict[str | None, Part]:
-    """Return the part of each shard: the parameter sets whose rows it may have."""
+) -> tuple[dict[str | None, Part], bool]:
+    """Return the part of each shard: the parameter sets whose rows it may have.
+
+    Beside it, whether each set pins them.
+    """
     topology = session._topology()
     by_identity = _is_by_identity(statement, params, options)
     by_shard: dict[str, list[Any]] = {}
+    pinned = True
     for given in params:
         if by_identity:
             slots = _slots_of_identity(statement, given)
         else:
             _check_keys_kept(statement, analysis, given)
             slots = slots_of(statement, analysis, extracted, given)
+        pinned = pinned and slots is not None
         for shard in owners_of(topology, slots):
             by_shard.setdefault(shard, []).append(given)
     if not by_shard:
-        return {shard_at_hand(session, topology): Part(statement, params)}
-    return {
+        return {shard_at_hand(session, topology): Part(statement, params)}, pinned
+    parts: dict[str | None, Part] = {
         shard: Part(statement, by_shard[shard])
         for shard in topology.shards
         if shard in by_shard
     }
+    return parts, pinned
 
 
 def _is_by_identity(statement: Any, params: Any, options: Mapping[str, Any]) -> bool:

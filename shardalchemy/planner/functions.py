@@ -45,8 +45,8 @@ SCALARS = frozenset(
     lpad ltrim make_date make_interval md5 mod normalize nullif overlay plainto_tsquery
     position power replace reverse right round row row_to_json rpad rtrim sign
     some split_part sqrt strpos substr substring to_char to_date to_json to_jsonb
-    to_number to_timestamp to_tsquery to_tsvector translate trim trunc ts_rank unnest upper
-    websearch_to_tsquery
+    to_number to_timestamp to_tsquery to_tsvector translate trim trunc ts_rank unnest
+    upper websearch_to_tsquery
     """.split()  # noqa: SIM905
 )
 AGGREGATES = frozenset(

@@ -27,6 +27,7 @@ from sqlalchemy.sql.selectable import (
     SelectStatementGrouping,
 )
 
+from shardalchemy.planner.clauses import distinct_on
 from shardalchemy.planner.functions import TRANSACTION_TIMES
 from shardalchemy.planner.pins import Resolver, equal_is_same_slot, restrictions
 from shardalchemy.planner.rowwise import is_limited, why_not_rows, why_not_whole
@@ -317,7 +318,7 @@ def upper_clauses(scope: Scope) -> list[Any]:
     select = scope.select
     return [
         *scope.columns,
-        *getattr(select, "_distinct_on", ()),
+        *distinct_on(select),
         *getattr(select, "_group_by_clauses", ()),
         *getattr(select, "_having_criteria", ()),
         *getattr(select, "_order_by_clauses", ()),

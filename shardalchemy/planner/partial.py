@@ -27,6 +27,7 @@ from sqlalchemy.sql.functions import Function, FunctionElement
 from sqlalchemy.types import UserDefinedType
 
 from shardalchemy.errors import UnsupportedQueryError
+from shardalchemy.planner.clauses import distinct_on, has_extension
 from shardalchemy.planner.layout import upper_clauses
 from shardalchemy.planner.replaced import (
     Lookup,
@@ -76,9 +77,9 @@ def combined(
 
     by = resolved(original._group_by_clauses)
     having = resolved(original._having_criteria)
-    distinct_on = resolved(getattr(original, "_distinct_on", ()))
+    apart = resolved(distinct_on(original))
     order = resolved(original._order_by_clauses)
-    clauses = [*outputs, *by, *having, *distinct_on, *order]
+    clauses = [*outputs, *by, *having, *apart, *order]
     if (
         original._for_update_arg is not None
         or sub_selects(clauses)
@@ -87,6 +88,7 @@ def combined(
         or original._hints
         or original._statement_hints
         or original._independent_ctes
+        or has_extension(original)
         or any(_is_textual(c) for c in clauses)
     ):
         return None
@@ -127,10 +129,8 @@ def combined(
             )
         ).select_from(rows)
         final = final.group_by(*map(write, by)).having(*map(write, having))
-        if distinct_on:
-            final = final.distinct(*map(write, distinct_on))
-        elif original._distinct:
-            final = final.distinct()
+        final._distinct = bool(original._distinct)
+        final._distinct_on = tuple(map(write, apart))
         final = final.order_by(*map(write, order))
         final._limit_clause = original._limit_clause
         final._offset_clause = original._offset_clause

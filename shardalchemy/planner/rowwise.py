@@ -46,6 +46,7 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import Exists, FromClause, SelectStatementGrouping
 
+from shardalchemy.planner.clauses import distinct_on, has_extension
 from shardalchemy.planner.functions import is_custom
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def why_not_rows(
         ("HAVING", bool(select._having_criteria) and not by_key),
         ("a prefix or suffix", bool(select._prefixes or select._suffixes)),
         ("a hint", bool(select._hints or select._statement_hints)),
+        ("a syntax extension", has_extension(select)),
         ("a CTE", bool(select._independent_ctes)),
     ):
         if present:
@@ -121,10 +123,10 @@ def why_not_whole(
     reason = why_not_rows(select, functions, is_key)
     if reason is not None:
         return reason
-    distinct_on = getattr(select, "_distinct_on", ())
-    apart = any(map(is_key, distinct_on or select._raw_columns))
+    on = distinct_on(select)
+    apart = any(map(is_key, on or select._raw_columns))
     for clause, present in (
-        ("DISTINCT ON", bool(distinct_on) and not apart),
+        ("DISTINCT ON", bool(on) and not apart),
         ("DISTINCT", bool(select._distinct) and not apart),
         ("LIMIT", select._limit_clause is not None),
         ("FETCH", select._fetch_clause is not None),
@@ -142,7 +144,7 @@ def is_limited(select: Any) -> bool:
         select._limit_clause is not None
         or select._fetch_clause is not None
         or select._offset_clause is not None
-        or bool(getattr(select, "_distinct_on", ()))
+        or bool(distinct_on(select))
     )
 
 

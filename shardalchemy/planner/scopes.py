@@ -33,6 +33,8 @@ from sqlalchemy.sql.elements import (
     TextClause,
 )
 
+from shardalchemy.planner.clauses import has_extension
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -248,7 +250,7 @@ class Noting(SQLCompiler):
 
 
 def _has_hints(select: Any) -> bool:
-    return bool(select._hints or select._statement_hints)
+    return bool(select._hints or select._statement_hints) or has_extension(select)
 
 
 def _add_where(scope: Scope, criteria: Any) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy import literal_column
 from sqlalchemy.sql.selectable import TableSample
 
 from shardalchemy.errors import UnsupportedQueryError
+from shardalchemy.planner.clauses import has_extension
 from shardalchemy.planner.layout import expressions_of, upper_clauses
 from shardalchemy.planner.merged import merged
 from shardalchemy.planner.partial import combined, functional_keys, is_dedupable
@@ -83,8 +84,9 @@ class _Splitting:
                 or select._suffixes
                 or select._hints
                 or select._statement_hints
+                or has_extension(select)
             ):
-                self._refuse("a prefix, suffix or hint may be any SQL")
+                self._refuse("a prefix, suffix, hint or extension may be any SQL")
         reason = self._functions.why_not_once(
             [
                 *self._found.parts,

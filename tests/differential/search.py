@@ -51,6 +51,7 @@ class Search:
     def chunk(self, seed: int, count: int) -> None:
         profile = _ORDER[seed % len(_ORDER)]
         self.twins.fill(profile, seed)
+        self.twins.forget()  # or the chunk alone might not fail again
         seen: dict[str, Any] = {"counting": True}
         shrink = len(self.failures) < _MOST_SHRUNK
 
@@ -97,6 +98,8 @@ class Search:
 def described(case: Case) -> str:
     """Return a case's statements as SQL for psql."""
     statements = [s for s in (case.statement, *case.others) if s is not None]
+    if case.again is not None and case.again.statement is not None:
+        statements.append(case.again.statement)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return "\n".join([f"-- {case.shape}", *map(_as_sql, statements)])

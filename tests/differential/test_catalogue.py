@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -49,6 +50,7 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 
+from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.local import LocalCluster
 from tests.differential.data import WORDS
 from tests.differential.models import (
@@ -136,6 +138,13 @@ def alike(exact: Exact, twins: Twins) -> Callable[[Callable[[Any], Any]], Any]:
         return got
 
     return demand
+
+
+@contextmanager
+def refusable() -> Iterator[None]:
+    """Accept that a statement is refused."""
+    with suppress(UnsupportedQueryError):
+        yield
 
 
 def apart(twins: Twins, count: int = 2) -> list[int]:
@@ -921,15 +930,12 @@ def test_volatile_functions_are_not_asked_of_every_shard(
     twins: Twins, exact: Exact
 ) -> None:
     with twins.sharded() as session:
-        try:
-            rows = session.execute(
-                select(Account.id).order_by(func.random()).limit(3)
-            ).all()
-            assert len(set(rows)) == 3
+        with refusable():
+            shuffled = select(Account.id).order_by(func.random()).limit(3)
+            assert len(set(session.scalars(shuffled))) == 3
+        with refusable():
             ids = session.scalars(select(func.gen_random_uuid()).select_from(Account))
             assert len(set(ids)) == len(twins.rows[Account.__table__])
-        except sa.exc.InvalidRequestError:
-            pass
 
 
 def test_days_are_those_of_the_session_s_time_zone(exact: Exact) -> None:
@@ -1136,7 +1142,8 @@ def test_workers_take_different_rows_of_a_queue(twins: Twins, exact: Exact) -> N
         with maker() as one, maker() as two:
             return [list(one.scalars(taking)), list(two.scalars(taking))]
 
-    assert taken(twins.sharded) == taken(twins.plain)
+    with refusable():
+        assert taken(twins.sharded) == taken(twins.plain)
 
 
 def test_locked_rows_are_those_that_are_returned(twins: Twins, exact: Exact) -> None:
@@ -1148,7 +1155,8 @@ def test_locked_rows_are_those_that_are_returned(twins: Twins, exact: Exact) -> 
             one.execute(first.with_for_update()).all()
             return sorted(two.scalars(rest))
 
-    assert left(twins.sharded) == left(twins.plain)
+    with refusable():
+        assert left(twins.sharded) == left(twins.plain)
 
 
 # -- collation, for `test_collation` as well -------------------------------------------

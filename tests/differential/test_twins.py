@@ -91,6 +91,9 @@ class Naive(Twins):
         super().__init__(*given, **options)
         self.sharded = lambda: Concatenated(self.shards.values())  # type: ignore[assignment]
 
+    def forget(self) -> None:
+        """Do nothing: nothing is planned."""
+
     def kind_of(self, case: Case) -> str:
         return "concatenated"
 

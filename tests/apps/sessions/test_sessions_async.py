@@ -184,7 +184,7 @@ async def test_refusals_are_the_same(AsyncSession: Maker, stored: list[int]) -> 
             await session.flush()
         await session.rollback()
         customer = await session.get_one(Customer, stored[0])
-        customer.id = 10**9
+        customer.id = "x"
         with pytest.raises(ShardKeyError):
             await session.commit()
         await session.rollback()

@@ -395,7 +395,7 @@ WRITTEN: dict[str, Callable[[], Any]] = {
         Customer.id.in_(select(Reading.number))
     ),
     "insert from select": lambda: insert(Customer).from_select(
-        ["id"], select(Reading.sensor)
+        ["id"], select(Reading.sensor).with_for_update()
     ),
     "change of the key": lambda: update(Customer).where(Customer.id == 1).values(id=2),
 }

@@ -19,6 +19,7 @@ from shardalchemy.inserts import completed_insert
 from shardalchemy.ring import KEY_TYPES
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
+from shardalchemy.selected import inserts_elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,6 +80,9 @@ def destination(
     if named is not None:
         check_not_a_copy(statement)
         return Destination((named,), None, params)
+    if isinstance(statement, Insert) and inserts_elsewhere(statement):
+        # Where it reads; rows that do not stay there are sent on to their shards.
+        return destination(session, statement.select, params, options)
     topology = session._topology()
     analysis, extracted = session._cluster._analyser.analyse(statement)
     if analysis.kind is Kind.HOME:

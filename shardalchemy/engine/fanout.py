@@ -224,7 +224,11 @@ class _Hub:
         while self._waiting:
             if self._cancelled_at is None and (self._must_cancel or self._is_late()):
                 self._cancel()
-            for descriptor, events in self._poll.poll(self._tick() * 1000):
+            ready = self._poll.poll(self._tick() * 1000)
+            if not ready and self._cancelled_at is not None:
+                # One that reaches a server before its statement does has no effect.
+                self._cancel()
+            for descriptor, events in ready:
                 waiter, _ = self._waiting.pop(descriptor)
                 self._poll.unregister(descriptor)
                 waiter.switch(ready_state(events))
@@ -247,7 +251,8 @@ class _Hub:
 
     def _cancel(self) -> None:
         """Ask the servers to end what the waiting shards are doing."""
-        self._cancelled_at = time.monotonic()
+        if self._cancelled_at is None:
+            self._cancelled_at = time.monotonic()
         for _, shard in list(self._waiting.values()):
             driver = self._drivers[shard]
             try:
@@ -284,9 +289,11 @@ async def _run_in_loop(
     try:
         done, pending = await asyncio.wait(tasks, return_when=until)
         first = {task for task in done if task.exception() is not None}
-        if pending:
+        deadline = time.monotonic() + CANCEL_TIMEOUT
+        while pending and time.monotonic() < deadline:
             # Cancelled by the server, not the task: SQLAlchemy would close the
-            # connection of a cancelled task.
+            # connection of a cancelled task. A cancellation that reaches a server
+            # before its statement does has no effect.
             await asyncio.gather(
                 *(
                     drivers[tasks[task]].cancel_safe(timeout=CANCEL_TIMEOUT)
@@ -294,7 +301,7 @@ async def _run_in_loop(
                 ),
                 return_exceptions=True,
             )
-            await asyncio.wait(pending, timeout=CANCEL_TIMEOUT)
+            _, pending = await asyncio.wait(pending, timeout=_TICK)
     finally:
         # Reached with tasks left only if this task was cancelled, or a server did not
         # answer; each then cancels its statement, waits, and closes its connection.

@@ -114,7 +114,8 @@ def assemble(
             if any(shard in shards[piece.name] for piece in now)
         }
         for answers in fanout(fetch, working).values() if working else ():
-            for name, (rows, *arrays) in answers:
+            for name, (settings, rows, *arrays) in answers:
+                sql.check_settings(settings)
                 gathered[name].add(rows, arrays)
         for piece in now:
             for index in range(len(piece.columns)):

@@ -59,6 +59,11 @@ __all__ = ["ShardedSession"]
 
 T = TypeVar("T")
 
+# In a form that reads the same whatever the session's DateStyle is.
+_BEGAN_AT = (
+    "SELECT to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') || '+00'"
+)
+
 
 class ShardedSession(Session):
     """A Session over the shards of a cluster; made by ``Cluster.sessionmaker()``.
@@ -388,8 +393,7 @@ class ShardedSession(Session):
     def _transaction_time(self, connection: Connection) -> str:
         """Return when the transaction began, for all shards the same."""
         if self._began_at is None:
-            moment = connection.exec_driver_sql("SELECT now()::text").scalar_one()
-            self._began_at = str(moment)
+            self._began_at = str(connection.exec_driver_sql(_BEGAN_AT).scalar_one())
         return self._began_at
 
     def _autoflush_for(self, options: Mapping[str, Any]) -> None:

@@ -39,10 +39,14 @@ class Settings:
             for statement, params in self._made[known:]:
                 connection.execute(statement, params or {})
 
-    def back_to(self, count: int) -> None:
-        """Forget all but the first *count*: a savepoint was rolled back."""
+    def mark(self) -> tuple[int, dict[str, int]]:
+        """Return what there is as a savepoint begins."""
+        return len(self._made), dict(self._reached)
+
+    def back_to(self, mark: tuple[int, dict[str, int]]) -> None:
+        """Forget what was made, and repeated, since *mark*: it was rolled back."""
+        count, self._reached = mark[0], dict(mark[1])
         del self._made[count:]
-        self._reached = {s: min(n, count) for s, n in self._reached.items()}
 
     def clear(self) -> None:
         """Forget all."""

@@ -49,7 +49,7 @@ class _Routed(SessionTransaction):
     """A transaction whose flushes send each row of a secondary table to its shard."""
 
     session: ShardedSession
-    _settings_before: int = 0
+    _settings_before: tuple[int, dict[str, int]] = (0, {})
 
     def connection(self, bindkey: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the connection for *bindkey*; in a flush what stands for several."""
@@ -74,7 +74,7 @@ class _Routed(SessionTransaction):
             else SessionTransactionOrigin.SUBTRANSACTION
         )
         made = _Routed(self.session, origin, self)
-        made._settings_before = len(self.session._settings)
+        made._settings_before = self.session._settings.mark()
         return made
 
     def _restore_snapshot(self, dirty_only: bool = False) -> None:

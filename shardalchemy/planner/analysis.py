@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Delete, Insert, TextClause, Update
+from sqlalchemy import Delete, Insert, Update
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement
@@ -373,14 +373,15 @@ class Analyser:
         )
 
 
-_SETS = re.compile(r"\s*(SET|RESET)\s", re.IGNORECASE)
+_COMMENT = r"(\s|--[^\n]*(\n|$)|/\*.*?\*/)*"
+_SETS = re.compile(rf"{_COMMENT}(SET|RESET)\s", re.IGNORECASE | re.DOTALL)
 
 
 def _makes_settings(statement: Any, found: Named) -> bool:
     """Return whether a statement changes a setting of the transaction."""
-    if isinstance(statement, TextClause):
-        return _SETS.match(statement.text) is not None
     return any(
+        _SETS.match(text) or "set_config" in text for text in found.texts
+    ) or any(
         isinstance(part, FunctionElement) and getattr(part, "name", "") == "set_config"
         for part in found.parts
     )

@@ -8,6 +8,7 @@ that renders a piece's rows in place of what they stand for.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
@@ -16,11 +17,9 @@ from sqlalchemy import (
     Integer,
     Text,
     cast,
-    column,
     func,
     literal_column,
     select,
-    table,
     true,
 )
 from sqlalchemy.sql.functions import Function
@@ -43,6 +42,7 @@ __all__ = [
     "MOST_ROWS",
     "TRANSACTION_TIME",
     "array_name",
+    "check_settings",
     "fetch",
     "final",
     "probe",
@@ -54,6 +54,26 @@ TRANSACTION_TIME = "shardalchemy_transaction_time"
 
 MOST_ROWS = "shardalchemy_most_rows"
 """The parameter that bounds how many rows a shard sends."""
+
+
+_SETTINGS_SQL = (
+    "concat_ws(' ', split_part(current_setting('DateStyle'), ',', 1),"
+    " current_setting('extra_float_digits'), current_setting('array_nulls'))"
+)
+_EXACT = re.compile(r"ISO [123] on")
+
+
+def check_settings(told: str) -> None:
+    """Raise UnsupportedQueryError where a shard's settings change values as text.
+
+    *told* is what it answers to a `fetch`.
+    """
+    if not _EXACT.fullmatch(told):
+        raise UnsupportedQueryError(
+            "a statement over several shards brings values from one to another as text,"
+            " which is exact with DateStyle ISO, extra_float_digits at least 1 and"
+            f" array_nulls on; this transaction has {told!r}. Set them back before it."
+        )
 
 
 def array_name(piece: Piece, index: int) -> str:
@@ -74,18 +94,12 @@ def probe(piece: Piece, split: Split, dialect: Dialect) -> Any:
         for part in (
             cast(Function("pg_typeof", c), Text),
             Function("pg_collation_for", cast(c, Text), type_=Text()),
-            select(cast(_TYPES.c.typcategory, Text))
-            .where(_TYPES.c.oid == Function("pg_typeof", c))
-            .correlate(source)
-            .scalar_subquery(),
         )
     ]
     # PostgreSQL sees that the join finds nothing, and does not run the query.
     statement = select(*asked).select_from(one.outerjoin(source, ~true()))
     return _compiled(statement, split, dialect)
 
-
-_TYPES = table("pg_type", column("oid"), column("typcategory"), schema="pg_catalog")
 
 # As types without a length these would cut their values to one character, or bit.
 _LENGTHLESS = {"character": "bpchar", "bit": '"bit"'}
@@ -98,7 +112,7 @@ def told_types(piece: Piece, row: Sequence[Any]) -> list[ColumnType]:
     """
     found = []
     for index in range(len(piece.columns)):
-        name, collation, category = row[3 * index : 3 * index + 3]
+        name, collation = row[2 * index : 2 * index + 2]
         base, brackets, _ = name.partition("[]")
         if base in ("record", "cstring", "anyarray", "void", "unknown"):
             raise UnsupportedQueryError(
@@ -109,7 +123,6 @@ def told_types(piece: Piece, row: Sequence[Any]) -> list[ColumnType]:
             ColumnType(
                 _LENGTHLESS.get(base, base) + brackets,
                 None if collation in (None, '"default"') else collation,
-                category in ("A", "C"),
             )
         )
     return found
@@ -123,14 +136,14 @@ def fetch(
 ) -> tuple[Any, dict[int, str]]:
     """Return what fetches a piece's rows from one shard, compiled.
 
-    One row: the number of rows, and an array literal for each column, NULL for none.
-    The second value has the names, in the SQL, of the parameters of the cache key that
+    One row: the settings of the server (see `check_settings`), the number of rows, and
+    an array literal for each column, NULL for none. The second value has the names, in the SQL, of the parameters of the cache key that
     are rendered once.
     """
     bounded = piece.select
     for need in piece.needs:
         type_ = types[need.source.name][need.index]
-        if not type_.is_compound:
+        if type_.is_plain:
             values = BindParameter(
                 array_name(need.source, need.index), None, NullType()
             )
@@ -144,13 +157,14 @@ def fetch(
     arrays = [
         cast(
             Function(
-                "array_agg", cast(c, Text) if type_.is_compound else c, type_=NullType()
+                "array_agg", c if type_.is_plain else cast(c, Text), type_=NullType()
             ),
             Text,
         )
         for c, type_ in zip(source.c, types[piece.name], strict=True)
     ]
-    counted = select(func.count(), *arrays).select_from(source)
+    settings: Any = literal_column(_SETTINGS_SQL)
+    counted = select(settings, func.count(), *arrays).select_from(source)
     compiled = _compiled(counted, split, dialect)
     names = {} if split.key is None else parameter_names(compiled, split.key)
     return compiled, {i: some[0] for i, some in names.items() if len(some) == 1}
@@ -336,11 +350,11 @@ class _Final(_Worker):
         arrays, names, columns = [], [], []
         for index, (name, type_) in enumerate(zip(piece.columns, types, strict=True)):
             values = BindParameter(array_name(piece, index), None, NullType())
-            sent_as = "text" if type_.is_compound else type_.name
+            sent_as = type_.name if type_.is_plain else "text"
             arrays.append(f"CAST({self.process(values)} AS {sent_as}[])")
             names.append(f"v{index}")
             value = f"v{index}"
-            if type_.is_compound:
+            if not type_.is_plain:
                 value = f"CAST({value} AS {type_.name})"
             if type_.collation is not None:
                 value = f"{value} COLLATE {type_.collation}"

@@ -36,6 +36,27 @@ __all__ = [
 ]
 
 
+_PLAIN = frozenset(
+    [
+        "bigint",
+        "boolean",
+        "bpchar",
+        "bytea",
+        "character varying",
+        "date",
+        "double precision",
+        "integer",
+        "numeric",
+        "real",
+        "smallint",
+        "text",
+        "timestamp with time zone",
+        "timestamp without time zone",
+        "uuid",
+    ]
+)
+
+
 class Rows(TableClause):
     """The rows of a piece, as the final statement reads them."""
 
@@ -54,15 +75,19 @@ class Rows(TableClause):
 
 @dataclass(frozen=True, slots=True)
 class ColumnType:
-    """A column's type as PostgreSQL names it, and its collation if it has its own.
-
-    ``is_compound`` says that ``unnest`` would take its values apart, or an array of it
-    be none of its values: of arrays and composites.
-    """
+    """A column's type as PostgreSQL names it, and its collation if it has its own."""
 
     name: str
     collation: str | None = None
-    is_compound: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an array of it is a list of its values, whatever they are.
+
+        An array of arrays is not, ``unnest`` takes composites apart, and some types
+        have separators of their own: those are sent as text.
+        """
+        return self.name in _PLAIN
 
 
 @dataclass(frozen=True, slots=True, eq=False)

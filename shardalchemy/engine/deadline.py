@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-__all__ = ["CANCEL_TIMEOUT", "BoundedWait", "Deadline", "earliest"]
+__all__ = ["CANCEL_AGAIN", "CANCEL_TIMEOUT", "BoundedWait", "Deadline", "earliest"]
 
 CANCEL_TIMEOUT = 5.0
 """Seconds a cancelled statement may take to end before its connection is closed."""
+
+CANCEL_AGAIN = 0.2
+"""Seconds after which a cancellation is repeated.
+
+A server that has not begun yet with a statement that was just sent ignores one.
+"""
 
 _INTERVAL = 0.1  # seconds between looks at the clock, which are psycopg's own
 _SHORTEST = 0.001
@@ -79,7 +85,7 @@ class BoundedWait:
         self.deadline = deadline
         self._shard = shard
         self._driver = driver
-        self._cancelling: asyncio.Future[None] | None = None
+        self._cancelling: asyncio.Task[None] | None = None
 
     def __call__(self, gen: Any, *_: object, **__: object) -> Any:
         driver = self._driver
@@ -97,31 +103,33 @@ class BoundedWait:
         finally:
             # A cancellation under way would hit the connection's next statement.
             if self._cancelling is not None:
-                await self._cancelling
+                await asyncio.wait([self._cancelling])
                 self._cancelling = None
 
     def _watched(self, gen: Any) -> Generator[Any, Any, Any]:
         """Yield what *gen* waits for; cancel it when the deadline has passed."""
-        cancelled_at: float | None = None
+        cancelled_at = again_at = 0.0
         try:
             wanted = next(gen)
             while True:
                 ready = yield wanted
                 now = time.monotonic()
-                if cancelled_at is None:
-                    if now >= self.deadline.at:
-                        cancelled_at = now
-                        self.deadline.late.append(self._shard)
-                        self._cancel()
-                elif now - cancelled_at > CANCEL_TIMEOUT:
+                if not cancelled_at and now >= self.deadline.at:
+                    cancelled_at = again_at = now
+                    self.deadline.late.append(self._shard)
+                if cancelled_at and now - cancelled_at > CANCEL_TIMEOUT:
                     raise self._given_up()
+                if cancelled_at and now >= again_at:
+                    self._cancel()
+                    again_at = time.monotonic() + CANCEL_AGAIN
                 wanted = gen.send(ready)
         except StopIteration as stop:
             return stop.value
 
     def _cancel(self) -> None:
         if isinstance(self._driver, psycopg.AsyncConnection):
-            self._cancelling = asyncio.ensure_future(self._cancel_in_loop())
+            if self._cancelling is None or self._cancelling.done():
+                self._cancelling = asyncio.create_task(self._cancel_in_loop())
             return
         try:
             self._driver.cancel_safe(timeout=CANCEL_TIMEOUT)

@@ -24,7 +24,7 @@ from psycopg.waiting import Wait
 from sqlalchemy.exc import StatementError
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from shardalchemy.engine.deadline import CANCEL_TIMEOUT, earliest
+from shardalchemy.engine.deadline import CANCEL_AGAIN, CANCEL_TIMEOUT, earliest
 from shardalchemy.engine.wire import driver_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ EVENTS = {
 }
 _READY_TO_READ = select.POLLIN | select.POLLHUP | select.POLLERR
 _AT_ONCE = 16
-_TICK = 0.5  # seconds between looks at what a cancellation has left
+_TICK = 0.5  # seconds between looks at a Ctrl-C
 
 
 def ready_state(events: int) -> int:
@@ -161,6 +161,7 @@ class _Hub:
         self._poll = select.poll()
         self._must_cancel = False
         self._cancelled_at: float | None = None
+        self._cancel_again_at = 0.0
         self._waits = {s: vars(driver).get("wait") for s, driver in drivers.items()}
         self._deadline = earliest(list(self._waits.values()))
 
@@ -224,21 +225,23 @@ class _Hub:
         while self._waiting:
             if self._cancelled_at is None and (self._must_cancel or self._is_late()):
                 self._cancel()
-            ready = self._poll.poll(self._tick() * 1000)
-            if not ready and self._cancelled_at is not None:
-                # One that reaches a server before its statement does has no effect.
-                self._cancel()
-            for descriptor, events in ready:
+            for descriptor, events in self._poll.poll(self._tick() * 1000):
                 waiter, _ = self._waiting.pop(descriptor)
                 self._poll.unregister(descriptor)
                 waiter.switch(ready_state(events))
             if self._cancelled_at is not None:
-                late = time.monotonic() - self._cancelled_at > CANCEL_TIMEOUT
+                now = time.monotonic()
+                late = now - self._cancelled_at > CANCEL_TIMEOUT
                 self._close_waiting(all_of_them=late)
+                # One that reaches a server before its statement does has no effect.
+                if now >= self._cancel_again_at:
+                    self._cancel()
 
     def _tick(self) -> float:
         """Return for how many seconds to wait at most before looking around."""
-        if self._deadline is None or self._cancelled_at is not None:
+        if self._cancelled_at is not None:
+            return CANCEL_AGAIN
+        if self._deadline is None:
             return _TICK
         return min(_TICK, max(0.0, self._deadline.left))
 
@@ -259,6 +262,7 @@ class _Hub:
                 driver.cancel_safe(timeout=CANCEL_TIMEOUT)
             except psycopg.Error:
                 driver.pgconn.finish()
+        self._cancel_again_at = time.monotonic() + CANCEL_AGAIN
 
     def _close_waiting(self, *, all_of_them: bool) -> None:
         """Close connections that could not be cancelled, and let their steps see it."""
@@ -272,6 +276,22 @@ class _Hub:
             waiter.throw(
                 psycopg.OperationalError(f"shard {shard} did not answer a cancellation")
             )
+
+
+async def _cancel_in_loop(pending: Mapping[asyncio.Future[Any], Any]) -> None:
+    """Have the servers end what tasks wait for, each on a driver's connection.
+
+    The servers and not the tasks are asked: SQLAlchemy would close the connection of a
+    cancelled task.
+    """
+    until = time.monotonic() + CANCEL_TIMEOUT
+    left = set(pending)
+    while left and time.monotonic() < until:
+        await asyncio.gather(
+            *(pending[task].cancel_safe(timeout=CANCEL_TIMEOUT) for task in left),
+            return_exceptions=True,
+        )
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN)
 
 
 async def _run_in_loop(
@@ -289,19 +309,8 @@ async def _run_in_loop(
     try:
         done, pending = await asyncio.wait(tasks, return_when=until)
         first = {task for task in done if task.exception() is not None}
-        deadline = time.monotonic() + CANCEL_TIMEOUT
-        while pending and time.monotonic() < deadline:
-            # Cancelled by the server, not the task: SQLAlchemy would close the
-            # connection of a cancelled task. A cancellation that reaches a server
-            # before its statement does has no effect.
-            await asyncio.gather(
-                *(
-                    drivers[tasks[task]].cancel_safe(timeout=CANCEL_TIMEOUT)
-                    for task in pending
-                ),
-                return_exceptions=True,
-            )
-            _, pending = await asyncio.wait(pending, timeout=_TICK)
+        if pending:
+            await _cancel_in_loop({task: drivers[tasks[task]] for task in pending})
     finally:
         # Reached with tasks left only if this task was cancelled, or a server did not
         # answer; each then cancels its statement, waits, and closes its connection.

@@ -16,9 +16,11 @@ from sqlalchemy import (
     Integer,
     Text,
     cast,
+    column,
     func,
     literal_column,
     select,
+    table,
     true,
 )
 from sqlalchemy.sql.functions import Function
@@ -72,12 +74,18 @@ def probe(piece: Piece, split: Split, dialect: Dialect) -> Any:
         for part in (
             cast(Function("pg_typeof", c), Text),
             Function("pg_collation_for", cast(c, Text), type_=Text()),
+            select(cast(_TYPES.c.typcategory, Text))
+            .where(_TYPES.c.oid == Function("pg_typeof", c))
+            .correlate(source)
+            .scalar_subquery(),
         )
     ]
     # PostgreSQL sees that the join finds nothing, and does not run the query.
     statement = select(*asked).select_from(one.outerjoin(source, ~true()))
     return _compiled(statement, split, dialect)
 
+
+_TYPES = table("pg_type", column("oid"), column("typcategory"), schema="pg_catalog")
 
 # As types without a length these would cut their values to one character, or bit.
 _LENGTHLESS = {"character": "bpchar", "bit": '"bit"'}
@@ -90,7 +98,7 @@ def told_types(piece: Piece, row: Sequence[Any]) -> list[ColumnType]:
     """
     found = []
     for index in range(len(piece.columns)):
-        name, collation = row[2 * index], row[2 * index + 1]
+        name, collation, category = row[3 * index : 3 * index + 3]
         base, brackets, _ = name.partition("[]")
         if base in ("record", "cstring", "anyarray", "void", "unknown"):
             raise UnsupportedQueryError(
@@ -101,6 +109,7 @@ def told_types(piece: Piece, row: Sequence[Any]) -> list[ColumnType]:
             ColumnType(
                 _LENGTHLESS.get(base, base) + brackets,
                 None if collation in (None, '"default"') else collation,
+                category in ("A", "C"),
             )
         )
     return found
@@ -121,7 +130,7 @@ def fetch(
     bounded = piece.select
     for need in piece.needs:
         type_ = types[need.source.name][need.index]
-        if not type_.is_array:
+        if not type_.is_compound:
             values = BindParameter(
                 array_name(need.source, need.index), None, NullType()
             )
@@ -135,7 +144,7 @@ def fetch(
     arrays = [
         cast(
             Function(
-                "array_agg", cast(c, Text) if type_.is_array else c, type_=NullType()
+                "array_agg", cast(c, Text) if type_.is_compound else c, type_=NullType()
             ),
             Text,
         )
@@ -327,11 +336,11 @@ class _Final(_Worker):
         arrays, names, columns = [], [], []
         for index, (name, type_) in enumerate(zip(piece.columns, types, strict=True)):
             values = BindParameter(array_name(piece, index), None, NullType())
-            sent_as = "text" if type_.is_array else type_.name
+            sent_as = "text" if type_.is_compound else type_.name
             arrays.append(f"CAST({self.process(values)} AS {sent_as}[])")
             names.append(f"v{index}")
             value = f"v{index}"
-            if type_.is_array:
+            if type_.is_compound:
                 value = f"CAST({value} AS {type_.name})"
             if type_.collation is not None:
                 value = f"{value} COLLATE {type_.collation}"

@@ -89,13 +89,23 @@ class Layout:
 
     def is_correlated(self, scope: Scope) -> bool:
         """Return whether *scope* names columns of a scope around it."""
-        inside = self.subtree(scope)
-        own = {hash(e.clause) for s in inside for e in s.elements}
-        named = {source for s in inside for source, _ in s.used}
-        around = scope.parent
+        return any(
+            self._is_outside(source, inner, scope)
+            for inner in self.subtree(scope)
+            for source, _ in inner.used
+        )
+
+    def _is_outside(self, source: int, inner: Scope, scope: Scope) -> bool:
+        """Return whether what *inner* names by a hash is an element around *scope*.
+
+        The innermost of that hash is meant: a table may be read at several levels.
+        """
+        around: Scope | None = inner
+        within = True
         while around is not None:
-            if any(hash(e.clause) in named - own for e in around.elements):
-                return True
+            if any(hash(e.clause) == source for e in around.elements):
+                return not within
+            within = within and around is not scope
             around = around.parent
         return False
 

@@ -10,9 +10,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import BigInteger, Select, TextClause, cast, select
+from sqlalchemy import (
+    BigInteger,
+    Numeric,
+    Select,
+    TextClause,
+    cast,
+    func,
+    literal_column,
+    select,
+)
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import (
+    ColumnClause,
     Label,
     UnaryExpression,
     _label_reference,
@@ -35,6 +45,8 @@ if TYPE_CHECKING:
     from shardalchemy.planner.slots import SlotSet
 
 __all__ = ["merged"]
+
+_MOST = str(2**63 - 1)
 
 _MODIFIERS = (
     operators.asc_op,
@@ -75,7 +87,7 @@ def merged(
 
     order: list[tuple[str, tuple[Any, ...]]] = []
     for clause in original._order_by_clauses:
-        term = _ordering(clause, outputs)
+        term = _ordering(clause, outputs, scope)
         if term is None:
             return None
         place = column_for(term[0])
@@ -125,13 +137,13 @@ def merged(
 
 
 def _ordering(
-    clause: Any, outputs: Sequence[Any]
+    clause: Any, outputs: Sequence[Any], scope: Scope
 ) -> tuple[Any, tuple[Any, ...]] | None:
     """Return an ORDER BY term as its expression and its modifiers, or None."""
     modifiers: list[Any] = []
     while True:
         if isinstance(clause, _textual_label_reference):
-            clause = named_output(clause.element, outputs)
+            clause = named_output(clause.element, outputs, scope)
             if clause is None:
                 return None
         elif isinstance(clause, _label_reference | Label):
@@ -147,6 +159,8 @@ def _ordering(
             return None
         clause = outputs[int(text) - 1]
         clause = clause.element if isinstance(clause, Label) else clause
+    if isinstance(clause, ColumnClause) and clause.table is None:
+        return None  # PostgreSQL may read it as a position, or a column's label
     return without_orm(clause), tuple(reversed(modifiers))
 
 
@@ -164,8 +178,10 @@ def _worker_limit(original: Any) -> dict[str, Any]:
         return {}
 
     def with_offset(count: Any) -> Any:
-        count = cast(count, BigInteger)
-        return count if offset is None else count + cast(offset, BigInteger)
+        if offset is None:
+            return cast(count, BigInteger)
+        both = cast(count, Numeric) + cast(offset, Numeric)
+        return cast(func.least(both, literal_column(_MOST)), BigInteger)
 
     if limit is not None:
         return {"_limit_clause": with_offset(limit)}

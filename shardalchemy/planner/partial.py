@@ -72,7 +72,7 @@ def combined(
     outputs = [without_orm(c) for c in scope.columns]
 
     def resolved(clauses: Sequence[Any]) -> list[Any]:
-        return [_resolved(without_orm(c), outputs) for c in clauses]
+        return [_resolved(without_orm(c), outputs, scope) for c in clauses]
 
     by = resolved(original._group_by_clauses)
     having = resolved(original._having_criteria)
@@ -314,19 +314,19 @@ def _walk(element: Any, functions: Functions, visit: Callable[[Any], bool]) -> N
     walk(element)
 
 
-def _resolved(clause: Any, outputs: Sequence[Any]) -> Any:
+def _resolved(clause: Any, outputs: Sequence[Any], scope: Scope) -> Any:
     """Return a clause with the expressions themselves for references to columns.
 
     What names no one column stays as it is.
     """
     if isinstance(clause, _textual_label_reference):
-        found = named_output(clause.element, outputs)
-        return clause if found is None else _resolved(found, outputs)
+        found = named_output(clause.element, outputs, scope)
+        return clause if found is None else _resolved(found, outputs, scope)
     if isinstance(clause, _label_reference | Label):
-        return _resolved(clause.element, outputs)
+        return _resolved(clause.element, outputs, scope)
     if isinstance(clause, UnaryExpression) and clause.modifier is not None:
         return UnaryExpression(
-            _resolved(clause.element, outputs), modifier=clause.modifier
+            _resolved(clause.element, outputs, scope), modifier=clause.modifier
         )
     return clause
 
@@ -338,6 +338,7 @@ def _is_expression(element: Any) -> bool:
 def _is_textual(clause: Any) -> bool:
     return any(
         part.__visit_name__ in ("textclause", "textual_label_reference")
+        or (part.__visit_name__ == "column" and getattr(part, "table", 0) is None)
         or (getattr(part, "is_literal", False) and getattr(part, "name", None) != "*")
         for part in visitors.iterate(clause)
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Select
+from sqlalchemy import Column, Label, Select
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import CompoundSelect
 from sqlalchemy.sql.util import _deep_deannotate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from shardalchemy.planner.scopes import Scope
 
 __all__ = ["Lookup", "columns_in", "named_output", "sub_selects", "without_orm"]
 
@@ -40,10 +42,16 @@ def columns_in(expressions: Iterable[Any]) -> Iterable[Any]:
                 yield part
 
 
-def named_output(name: Any, outputs: Iterable[Any]) -> Any:
-    """Return the one column of a result that is called *name*, or None."""
+def named_output(name: Any, outputs: Iterable[Any], scope: Scope) -> Any:
+    """Return the one column of a result that is labelled *name*, or None.
+
+    None as well where a table has a column of that name: which of them is meant is
+    another question in each clause.
+    """
+    if any(name in (c.key, c.name) for e in scope.elements for c in e.clause.c):
+        return None
     found = [c for c in outputs if getattr(c, "name", None) == name]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 and isinstance(found[0], Label) else None
 
 
 class Lookup:

@@ -54,15 +54,15 @@ class Rows(TableClause):
 
 @dataclass(frozen=True, slots=True)
 class ColumnType:
-    """A column's type as PostgreSQL names it, and its collation if it has its own."""
+    """A column's type as PostgreSQL names it, and its collation if it has its own.
+
+    ``is_compound`` says that ``unnest`` would take its values apart, or an array of it
+    be none of its values: of arrays and composites.
+    """
 
     name: str
     collation: str | None = None
-
-    @property
-    def is_array(self) -> bool:
-        """Whether an array of it would flatten its values."""
-        return self.name.endswith("[]") or self.name in ("oidvector", "int2vector")
+    is_compound: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import literal_column
+from sqlalchemy import Text, cast, literal_column
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import ColumnClause, _textual_label_reference
 from sqlalchemy.sql.selectable import TableSample
 
 from shardalchemy.errors import UnsupportedQueryError
@@ -66,7 +68,10 @@ class _Splitting:
         self._problem = problem
         key = statement._generate_cache_key()
         self._split = Split(PlanKind.GATHER, statement, key, layout.noted)
-        self._has_text = any(text != "*" for text in found.texts)
+        self._has_text = any(text != "*" for text in found.texts) or any(
+            isinstance(part, ColumnClause) and part.table is None and part.name != "*"
+            for part in found.parts
+        )
         self._fetched: list[Fetched] = []
         self._used: dict[int, set[str]] = {}
         for scope in layout.noted.scopes:
@@ -96,7 +101,7 @@ class _Splitting:
                 or select._statement_hints
                 or has_extension(select)
             ):
-                self._refuse("a prefix, suffix, hint or extension may be any SQL")
+                self._refuse("a prefix, suffix or hint may be any SQL")
         reason = self._functions.why_not_once(
             [
                 *self._found.parts,
@@ -216,7 +221,11 @@ class _Splitting:
         upper = upper_clauses(scope)
         if layout.why_not_local(scope) is not None or sub_selects(upper):
             return False
-        if self._has_text:
+        if self._has_text or any(
+            isinstance(part, _textual_label_reference)
+            for clause in upper
+            for part in visitors.iterate(clause)
+        ):
             return False  # it may name any column
         names: dict[tuple[int, str], str] = {}
         columns: list[Any] = []
@@ -236,7 +245,15 @@ class _Splitting:
                 columns,
                 scope.froms,
                 scope.select._where_criteria,
-                _distinct=dedupable,
+                # As they are written: 1.0 and 1.00 are equal, but not the same.
+                **(
+                    {
+                        "_distinct": True,
+                        "_distinct_on": tuple(cast(c.element, Text) for c in columns),
+                    }
+                    if dedupable
+                    else {}
+                ),
             ),
             tuple(c.name for c in columns),
             layout.slots(scope),

@@ -137,8 +137,8 @@ def fetch(
     """Return what fetches a piece's rows from one shard, compiled.
 
     One row: the settings of the server (see `check_settings`), the number of rows, and
-    an array literal for each column, NULL for none. The second value has the names, in the SQL, of the parameters of the cache key that
-    are rendered once.
+    an array literal for each column, NULL for none. The second value has the names, in
+    the SQL, of the parameters of the cache key that are rendered once.
     """
     bounded = piece.select
     for need in piece.needs:

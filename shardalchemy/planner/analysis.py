@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Delete, Insert, Update
@@ -71,7 +72,8 @@ class Analysis:
     ``slots`` has one set per sharded element, None where nothing restricts it;
     ``only_slots`` is the one set that decides alone, where there is one.
     ``scatter_problem`` says why it cannot run on several shards as it is; ``pieces``
-    then tells how else. ``at_home`` says that it reads home tables as well.
+    then tells how else; of plain SQL and of a write that is ``write_problem``.
+    ``at_home`` says that it reads home tables as well.
     ``locks_copies`` says that it locks rows of reference tables, which all sessions
     have to do on one shard. ``lists`` are lists of keys of which a shard needs no
     others than its own, each with the parameter's name in the SQL. ``sets`` says that
@@ -82,13 +84,18 @@ class Analysis:
     writes: bool = False
     slots: tuple[SlotSet | None, ...] = ()
     only_slots: SlotSet | None = None
-    scatter_problem: str | None = None
+    write_problem: str | None = None
     table: Table | None = None
     at_home: bool = False
     locks_copies: bool = False
     pieces: Pieces | None = None
     lists: tuple[tuple[str, Value], ...] = ()
     sets: bool = False
+
+    @property
+    def scatter_problem(self) -> str | None:
+        """Why it cannot run on several shards as it is, or None."""
+        return self.write_problem if self.pieces is None else self.pieces.problem
 
     def needed_slots(
         self, extracted: Sequence[Any], given: Mapping[str, Any]
@@ -140,18 +147,27 @@ class Analysis:
 
 
 class Pieces:
-    """The pieces of a statement, made when first needed."""
+    """What becomes of a SELECT over several shards, found out when first needed.
 
-    def __init__(self, make: Callable[[], Split]) -> None:
-        self._make: Callable[[], Split] | None = make
+    One that is pinned to a shard each time never asks.
+    """
+
+    def __init__(self, statement: Any, layout: Layout, found: Named) -> None:
+        self._statement = statement
+        self._layout = layout
+        self._found = found
         self._made: Split | None = None
+
+    @cached_property
+    def problem(self) -> str | None:
+        """What keeps the statement from being run on several shards as it is."""
+        return _why_not_scattered(self._statement, self._layout)
 
     def split(self) -> Split:
         """Return the pieces; raise UnsupportedQueryError where there are none."""
         if self._made is None:
-            assert self._make is not None
-            self._made = self._make()
-            self._make = None
+            why = self.problem or "a join with a home table"
+            self._made = split(self._statement, self._layout, self._found, why)
         return self._made
 
 
@@ -306,7 +322,7 @@ class Analyser:
             )
         problem = unlike_shards(statement, layout.noted.scopes, found, layout.found)
         return replace(
-            analysis, writes=True, table=table, scatter_problem=problem, pieces=None
+            analysis, writes=True, table=table, write_problem=problem, pieces=None
         )
 
     def _of_insert(self, statement: Any, found: Named) -> Analysis:
@@ -332,7 +348,7 @@ class Analyser:
         if kind is Kind.REFERENCE:
             _check_deterministic(statement, table, found)
         problem = unlike_rows(found)
-        return Analysis(kind, writes=True, table=table, scatter_problem=problem)
+        return Analysis(kind, writes=True, table=table, write_problem=problem)
 
     def _of_layout(self, statement: Any, layout: Layout, found: Named) -> Analysis:
         """Return the analysis of a statement from its scopes."""
@@ -357,18 +373,12 @@ class Analyser:
                 " copy of the latter. Say with_for_update(of=…) which rows are meant."
             )
         slots = {id(r.slots): r.slots for r in layout.found}
-        problem = _why_not_scattered(statement, layout)
-        pieces = None
-        if problem is not None or Kind.HOME in kinds:
-            why = problem or "a join with a home table"
-            pieces = Pieces(lambda: split(statement, layout, found, why))
         return Analysis(
             Kind.SHARDED,
             slots=tuple(slots.values()),
             only_slots=layout.found[0].slots if len(slots) == 1 else None,
-            scatter_problem=problem,
             at_home=Kind.HOME in kinds,
-            pieces=pieces,
+            pieces=Pieces(statement, layout, found),
             lists=_own_lists(noted, slots.values()),
         )
 
@@ -438,8 +448,6 @@ def _locks_copies(statement: Any, kinds: set[Kind]) -> bool:
 def _why_not_scattered(statement: Any, layout: Layout) -> str | None:
     """Return what keeps a statement from being run on several shards as it is."""
     root = layout.roots[0]
-    if isinstance(statement, Update | Delete):
-        return None
     if root.compound:
         return "a set operation"
     loader = _is_relationship_load(root.original)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import TextClause
+from sqlalchemy import BinaryExpression, TextClause, UnaryExpression
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ColumnClause
 from sqlalchemy.sql.functions import FunctionElement
@@ -74,6 +74,15 @@ _OF_ONE_SERVER = re.compile(
 )
 _HARMLESS = frozenset({"pg_typeof", "pg_column_size", "pg_size_pretty"})
 _CALL = re.compile(r"([A-Za-z_][A-Za-z0-9_$]*)\s*\(")
+_ODD_CALL = re.compile(r'"\s*\(')
+# The signs of PostgreSQL's own operators, all of which depend on their operands alone.
+_OPERATORS = frozenset(
+    """
+    + - * / % ^ = <> != < <= > >= || | & # ~ << >> ~* !~ !~* ~~ ~~* !~~ !~~* ^@ @ @@ @@@
+    -> ->> #> #>> #- @> <@ ? ?| ?& @? && &< &> &<| |&> <<| |>> -|- <-> ## ?# ?- ?-| ?||
+    <^ >^ ~= |/ ||/ <% %> <<% %>> <<-> <->> LIKE ILIKE COLLATE
+    """.split()  # noqa: SIM905
+)
 _TIME_WORD = re.compile(
     r"\b(now|current_\w+|localtime\w*|transaction_timestamp)\b", re.IGNORECASE
 )
@@ -97,6 +106,10 @@ class Functions:
     def of(self, name: str) -> str:
         """Return what the function is: see ``catalog.function_volatilities``."""
         name = name.lower()
+        if self._told is None:
+            self._told = self._ask()
+        if self._told.get(name) == "unknown":
+            return "unknown"  # one of its overloads is an application's own
         if name in SCALARS or name in TRANSACTION_TIMES or name in _GROUPING:
             return "stable"
         if name in AGGREGATES:
@@ -107,8 +120,6 @@ class Functions:
             return "volatile"
         if name not in _HARMLESS and _OF_ONE_SERVER.match(name):
             return "server"
-        if self._told is None:
-            self._told = self._ask()
         return self._told.get(name, "unknown")
 
     def of_element(self, element: FunctionElement[Any]) -> str:
@@ -151,7 +162,13 @@ class Functions:
                 return f"the function {name}()"
         elif is_custom(part):
             return f"the construct {type(part).__name__}"
+        if isinstance(part, BinaryExpression | UnaryExpression):
+            sign = getattr(part.operator, "opstring", None)
+            if sign is not None and sign.strip().upper() not in _OPERATORS:
+                return f"the operator {sign}"
         text = _text_of(part)
+        if text and _ODD_CALL.search(text):
+            return "a function of a quoted name in plain SQL"
         for name in _CALL.findall(text or ""):
             if name.lower() not in _NO_CALLS and self.of(name) in bad:
                 return f"the function {name}() in plain SQL"

@@ -14,6 +14,7 @@ from sqlalchemy import BigInteger, Float, Integer, Numeric, Select, cast, func, 
 from sqlalchemy import types as sa_types
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import (
+    ColumnClause,
     FunctionFilter,
     Label,
     Over,
@@ -91,9 +92,11 @@ def combined(
         or any(_is_textual(c) for c in clauses)
     ):
         return None
-    groups = _groups(scope, by, functions)
+    groups = _groups(by, functions)
     if groups is None:
         return None
+    keys = functional_keys(scope, by)
+    groups += keys
     parts = _Parts(functions)
     try:
         for index, group in enumerate(groups):
@@ -127,7 +130,9 @@ def combined(
                 for i, (c, label) in enumerate(zip(outputs, names, strict=True))
             )
         ).select_from(rows)
-        final = final.group_by(*map(write, by)).having(*map(write, having))
+        # A primary key that is grouped by brings columns with it that `by` lacks.
+        final = final.group_by(*map(write, by), *map(write, keys))
+        final = final.having(*map(write, having))
         final._distinct = bool(original._distinct)
         final._distinct_on = tuple(map(write, apart))
         final = final.order_by(*map(write, order))
@@ -338,13 +343,12 @@ def _is_expression(element: Any) -> bool:
 def _is_textual(clause: Any) -> bool:
     return any(
         part.__visit_name__ in ("textclause", "textual_label_reference")
-        or (part.__visit_name__ == "column" and getattr(part, "table", 0) is None)
-        or (getattr(part, "is_literal", False) and getattr(part, "name", None) != "*")
+        or (isinstance(part, ColumnClause) and part.table is None and part.name != "*")
         for part in visitors.iterate(clause)
     )
 
 
-def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] | None:
+def _groups(by: Sequence[Any], functions: Functions) -> list[Any] | None:
     """Return the expressions by which the shards group, or None.
 
     Of GROUPING SETS, ROLLUP and CUBE, all that they mention: the finest groups.
@@ -366,10 +370,6 @@ def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] 
         add(clause)
     if any(_is_aggregate(g, functions) for g in found):
         return None
-    for column in functional_keys(scope, by):
-        if known.find(column) is None:
-            known.add(column, "known")
-            found.append(column)
     return found
 
 

@@ -200,7 +200,7 @@ class _Textual:
             writes=writes,
             slots=tuple(slots),
             only_slots=slots[0] if len(slots) == 1 else None,
-            scatter_problem=None if rowwise else problem,
+            write_problem=None if rowwise else problem,
             table=first.table,
         )
 

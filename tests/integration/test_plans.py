@@ -857,7 +857,6 @@ def test_values_are_compared_as_their_type_says(twins: Twins, column: str) -> No
     twins.compare(lambda s: typed(s.execute(distinct)))
 
 
-@pytest.mark.xfail(strict=True, reason="unnest() makes columns of a composite's parts")
 def test_values_of_a_composite_type_come_back_as_they_were(twins: Twins) -> None:
     inside = Paired.id.in_(select(Owner.rank))
     page = select(Paired.id, Paired.pair, Paired.name).order_by(Paired.id)

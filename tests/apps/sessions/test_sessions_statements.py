@@ -419,13 +419,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
             .join(Reading, Reading.number == Customer.id)
             .with_statement_hint("/* any SQL */")
         ),
-        "a prefix, suffix, hint or extension may be any SQL",
+        "a prefix, suffix.* may be any SQL",
     ),
     "prefix": (
         lambda: select(
             func.count(Customer.id), func.mode().within_group(Customer.name)
         ).prefix_with("/* any SQL */"),
-        "a prefix, suffix, hint or extension may be any SQL",
+        "a prefix, suffix.* may be any SQL",
     ),
     "function": (
         lambda: select(func.count_of_customers()).select_from(

@@ -86,11 +86,11 @@ def assemble(
     gathered = {piece.name: _Gathered() for piece in split.pieces}
 
     def compile_fetch(piece: Piece, dialect: Dialect) -> Any:
-        return sql.fetch(piece, types[piece.name], split, dialect)
+        return sql.fetch(piece, types, split, dialect)
 
     def fetch(shard: str, connection: Connection) -> list[tuple[str, Any]]:
         answers = []
-        for piece in split.pieces:
+        for piece in now:
             if shard in shards[piece.name]:
                 compiled, lists = split.compiled(
                     connection.dialect, piece.name, partial(compile_fetch, piece)
@@ -106,14 +106,21 @@ def assemble(
                 answers.append((piece.name, row))
         return answers
 
-    working = {
-        shard: connection
-        for shard, connection in connections.items()
-        if any(shard in some for some in shards.values())
-    }
-    for answers in fanout(fetch, working).values() if working else ():
-        for name, (rows, *arrays) in answers:
-            gathered[name].add(rows, arrays)
+    for level in sorted({piece.level for piece in split.pieces}):
+        now = [piece for piece in split.pieces if piece.level == level]
+        working = {
+            shard: connection
+            for shard, connection in connections.items()
+            if any(shard in shards[piece.name] for piece in now)
+        }
+        for answers in fanout(fetch, working).values() if working else ():
+            for name, (rows, *arrays) in answers:
+                gathered[name].add(rows, arrays)
+        for piece in now:
+            for index in range(len(piece.columns)):
+                given[sql.array_name(piece, index)] = gathered[piece.name].column(index)
+        if any(piece.level > level for piece in split.pieces):
+            bounded.update(given)
     if sum(piece.rows for piece in gathered.values()) > most_rows:
         raise UnsupportedQueryError(
             f"the statement needs more than {most_rows} rows on one shard"
@@ -121,9 +128,6 @@ def assemble(
             " aggregate, or allow more with execution_options(gather_max_rows=…) or"
             " Cluster(gather_max_rows=…)."
         )
-    for piece in split.pieces:
-        for index in range(len(piece.columns)):
-            given[sql.array_name(piece, index)] = gathered[piece.name].column(index)
     final = split.compiled(
         connections[final_shard].dialect,
         "final",

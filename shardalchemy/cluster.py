@@ -27,7 +27,7 @@ from shardalchemy.catalog import (
 from shardalchemy.catalog.install import lock_catalog
 from shardalchemy.engine import Bindings, OneAtATime, ShardEngines, fanout
 from shardalchemy.errors import ConfigurationError, ShardKeyError
-from shardalchemy.guards import ScatterGuard
+from shardalchemy.guards import ScatterGuard, checked_timeout
 from shardalchemy.locks import RowLocks
 from shardalchemy.ring import allocate
 from shardalchemy.schema import Kind, Placement, checked, placement_of
@@ -75,6 +75,10 @@ class Cluster:
     transaction there is a warning, once in this process; 0 for never. A session, a
     statement or a call says otherwise by ``execution_options(scatter=…)``, also for the
     relationships that are loaded with it.
+    *statement_timeout* bounds each statement of a session, in seconds, from when it is
+    executed until all shards have answered: past it, it is cancelled on every shard and
+    raises `StatementTimeout`. ``execution_options(timeout=…)`` says otherwise, None for
+    no bound. Flushes, commits and the later rows of a streamed result take their time.
     Other options are passed to ``create_engine`` for each shard: ``pool_size``,
     ``max_overflow``, ``echo``, ``connect_args``.
 
@@ -96,6 +100,7 @@ class Cluster:
         gather_max_rows: int = 100_000,
         scatter: Scatter = "allow",
         scatter_loop: int = 100,
+        statement_timeout: float | None = None,
         **engine_options: Any,
     ) -> None:
         if not shards:
@@ -107,6 +112,9 @@ class Cluster:
                 )
         self.ack = ack
         self.gather_max_rows = gather_max_rows
+        self.statement_timeout = checked_timeout(
+            statement_timeout, "Cluster(statement_timeout=…)"
+        )
         self._scatter_guard = ScatterGuard(scatter, scatter_loop)
         self._shards = ShardEngines(
             shards, max_connections=max_connections, **engine_options

@@ -19,8 +19,10 @@ __all__ = [
     "ScatterWarning",
     "ShardAlchemyError",
     "ShardKeyError",
+    "StatementTimeout",
     "TopologyChanged",
     "TransactionAborted",
+    "TransactionFailed",
     "UnknownShardError",
     "UnsupportedQueryError",
 ]
@@ -79,6 +81,25 @@ class CommitOutcomeUnknown(ShardAlchemyError, sa_exc.InvalidRequestError):
 
 class LockTimeout(ShardAlchemyError, sa_exc.TimeoutError):
     """A lock was not obtained within its timeout."""
+
+
+class StatementTimeout(ShardAlchemyError, sa_exc.OperationalError):
+    """A statement was not done within its timeout, and was cancelled on every shard.
+
+    ``orig`` is psycopg's ``QueryCanceled``, as with PostgreSQL's own statement_timeout.
+    """
+
+    code = ""  # no page of SQLAlchemy's says more
+
+
+class TransactionFailed(ShardAlchemyError, sa_exc.InternalError):
+    """A statement has failed on another shard in this transaction; roll it back.
+
+    ``orig`` is psycopg's ``InFailedSqlTransaction``: what PostgreSQL says of a
+    transaction that has failed on one server.
+    """
+
+    code = ""  # no page of SQLAlchemy's says more
 
 
 class LocalServerError(ShardAlchemyError, RuntimeError):

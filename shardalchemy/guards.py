@@ -5,6 +5,9 @@ work on every shard, which a new `Cluster` does not show and a large one does. S
 be warned of or refused, and one that comes again and again in one transaction is warned
 of once. What is pinned is never looked at: an ``IN`` of many keys, each sent to its
 owner, may run on every shard as well.
+
+A timeout bounds all that a statement waits for: its own answer from one shard, or those
+of every shard and of the one that puts them together.
 """
 
 from __future__ import annotations
@@ -12,27 +15,32 @@ from __future__ import annotations
 import sys
 import textwrap
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from greenlet import getcurrent
+from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import EMPTY_DICT
 
+from shardalchemy.engine import Deadline
 from shardalchemy.errors import (
     ConfigurationError,
     ScatterWarning,
+    StatementTimeout,
     UnsupportedQueryError,
 )
 from shardalchemy.explain import explained
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from shardalchemy.planner import Analysis
     from shardalchemy.routing import Destination
     from shardalchemy.session import ShardedSession
 
-__all__ = ["Scatter", "ScatterCount", "ScatterGuard", "option"]
+__all__ = ["Scatter", "ScatterCount", "ScatterGuard", "bounded", "checked_timeout"]
 
 Scatter = Literal["allow", "warn", "forbid"]
 
@@ -46,7 +54,7 @@ _WAY_OUT = (
 _MOST_SQL = 500  # characters
 
 
-def option(
+def _option(
     session: ShardedSession,
     statement: Any,
     options: Mapping[str, Any],
@@ -64,10 +72,86 @@ def option(
         return own[name]
     context = options.get("sa_top_level_orm_context")
     if context is not None:
-        return option(session, context.query, context.execution_options, name, default)
+        return _option(session, context.query, context.execution_options, name, default)
     # SQLAlchemy 2.1 sessions have options of their own.
     whole = getattr(session, "execution_options", EMPTY_DICT)
     return whole.get(name, default)
+
+
+def checked_timeout(seconds: Any, name: str) -> float | None:
+    """Return a timeout in seconds, or None for none; raise ConfigurationError."""
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise ConfigurationError(f"{name} is {seconds!r}; it is a number of seconds.")
+    if not seconds > 0:
+        raise ConfigurationError(
+            f"{name} is {seconds!r}; it is more than 0 seconds, or None for no timeout."
+        )
+    return seconds
+
+
+def bounded(
+    session: ShardedSession, statement: Any, options: Mapping[str, Any]
+) -> AbstractContextManager[None]:
+    """Return a context in which *statement* runs within its timeout, if it has one.
+
+    What has to be flushed before is flushed here, and does not count. Leaving the
+    context raises StatementTimeout where time ran out.
+    """
+    default = session._cluster.statement_timeout
+    seconds = _option(session, statement, options, "timeout", default)
+    if seconds is None:
+        return _UNBOUNDED
+    if seconds is not default:
+        checked_timeout(seconds, "execution_options(timeout=…)")
+    own = getattr(statement, "_execution_options", EMPTY_DICT)
+    session._autoflush_for({**own, **options})
+    return _Bounded(session, seconds)
+
+
+_UNBOUNDED = nullcontext()
+
+
+class _Bounded:
+    """The time of one statement; the session covers each connection that it takes."""
+
+    def __init__(self, session: ShardedSession, seconds: float) -> None:
+        self._session = session
+        self._before = session._deadline
+        self._deadline = Deadline(seconds, within=self._before)
+
+    def __enter__(self) -> None:
+        self._session._deadline = self._deadline
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._session._deadline = self._before
+        self._deadline.end()
+        if (
+            self._deadline.late
+            and isinstance(error, sa_exc.OperationalError)
+            and not isinstance(error, StatementTimeout)
+        ):
+            raise _timed_out(error, self._deadline) from error
+
+
+def _timed_out(error: sa_exc.OperationalError, deadline: Deadline) -> StatementTimeout:
+    assert error.orig is not None
+    found = StatementTimeout(
+        error.statement,
+        error.params,
+        error.orig,
+        hide_parameters=error.hide_parameters,
+        connection_invalidated=error.connection_invalidated,
+        ismulti=error.ismulti,
+    )
+    late = dict.fromkeys(deadline.late)
+    found.add_detail(
+        f"the statement was not done within its timeout of {deadline.seconds:g} s, on"
+        f" shard {', '.join(late)}; it was cancelled. Roll back, then narrow it down,"
+        " pin its shard keys, or give it more time with execution_options(timeout=…)"
+    )
+    return found
 
 
 class ScatterGuard:
@@ -95,7 +179,7 @@ class ScatterGuard:
         where: Destination,
     ) -> None:
         """Let a statement pass, warn of it, or raise UnsupportedQueryError."""
-        said = option(session, statement, options, "scatter", None)
+        said = _option(session, statement, options, "scatter", None)
         if said is not None:
             _checked(said, "execution_options(scatter=…)")
         if where.pinned:

@@ -29,6 +29,7 @@ from shardalchemy.errors import (
 )
 from shardalchemy.explain import explained
 from shardalchemy.flush import RowConnections, order_new_by_shard
+from shardalchemy.guards import bounded
 from shardalchemy.routing import (
     check_not_a_copy,
     destination,
@@ -36,7 +37,7 @@ from shardalchemy.routing import (
 )
 from shardalchemy.schema import Kind, placement_of
 from shardalchemy.settings import Settings
-from shardalchemy.transaction import ShardedTransaction
+from shardalchemy.transaction import ShardedTransaction, check_not_failed
 from shardalchemy.writes import Part, run_write, write_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.cluster import Cluster
     from shardalchemy.commit import Ack
+    from shardalchemy.engine import Deadline
     from shardalchemy.guards import ScatterCount
     from shardalchemy.planner import Analysis, Plan
     from shardalchemy.routing import Destination
@@ -103,6 +105,7 @@ class ShardedSession(Session):
         self._began_at: str | None = None
         self._settings = Settings()
         self._scattered: ScatterCount = {}
+        self._deadline: Deadline | None = None
         super().__init__(**options)
 
     @property
@@ -140,6 +143,11 @@ class ShardedSession(Session):
         connection: Connection = super()._connection_for_bind(
             engine, execution_options, **kw
         )
+        check_not_failed(self, connection)
+        if self._deadline is not None:
+            shard = self._names.get(connection.engine)
+            if shard is not None:
+                self._deadline.cover(shard, connection)
         if self._settings:
             self._settings.repeat(self._names[engine.engine], connection)
         return connection
@@ -235,10 +243,19 @@ class ShardedSession(Session):
             # A listener's statement within a flush is no row of that flush.
             with self._outside_of_flush():
                 return self._execute_internal(statement, params, **how)
+        if how.get("_parent_execute_state") is not None:
+            return super()._execute_internal(statement, params, **how)
+        named = how.get("bind_arguments") or EMPTY_DICT
+        if self.dispatch.do_orm_execute and not named.keys() & {"shard", "bind"}:
+            # A listener may still change the statement, so the last one routes it.
+            how["_add_event"] = _RouteLast(how.get("_add_event"))
+            return super()._execute_internal(statement, params, **how)
+        with bounded(self, statement, how.get("execution_options", EMPTY_DICT)):
+            return self._execute_routed(statement, params, how)
+
+    def _execute_routed(self, statement: Any, params: Any, how: dict[str, Any]) -> Any:
         run_here = super()._execute_internal
         bind_arguments = how.get("bind_arguments")
-        if how.get("_parent_execute_state") is not None:
-            return run_here(statement, params, **how)
         if bind_arguments and "shard" in bind_arguments:
             check_not_a_copy(statement)
             return self._run_routed(
@@ -247,10 +264,6 @@ class ShardedSession(Session):
                 None,
             )
         if bind_arguments and "bind" in bind_arguments:
-            return run_here(statement, params, **how)
-        if self.dispatch.do_orm_execute:
-            # A listener may still change the statement, so the last one routes it.
-            how["_add_event"] = _RouteLast(how.get("_add_event"))
             return run_here(statement, params, **how)
         if hasattr(statement, "__clause_element__"):
             statement = statement.__clause_element__()
@@ -473,7 +486,8 @@ def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
         iter(rows),
         _source_supports_scalars=first._source_supports_scalars,
     )
-    whole.context = first.context  # loaders ask it whether rows repeat
+    # Loaders ask it whether rows repeat.
+    whole.context = getattr(first, "context", None)
     whole._attributes = first._attributes
     whole._unique_filter_state = first._unique_filter_state
     return whole
@@ -512,6 +526,12 @@ class _RouteLast:
                 return result
         session: Any = state.session
         options = state.local_execution_options
+        with bounded(session, state.statement, options):
+            return self._routed(state, session, options)
+
+    def _routed(
+        self, state: ORMExecuteState, session: Any, options: Mapping[str, Any]
+    ) -> Any:
         write = write_of(state.statement)
         invoke = _invoking(state)
         if write is not None:
@@ -537,6 +557,6 @@ class _RouteLast:
         if len(shards) > 1:
             own = state.statement._execution_options
             return session._run_on_all(run, shards, analysis, {**own, **options})
-        if shards[0] is None:
+        if shards[0] is None and session._deadline is None:
             return None  # SQLAlchemy goes on as ever
         return session._run_routed(run, shards[0], analysis)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.orm.session import (
     SessionTransaction,
@@ -26,7 +27,7 @@ from shardalchemy.engine.wire import (
     is_lost,
     simple_query,
 )
-from shardalchemy.errors import TransactionAborted
+from shardalchemy.errors import TransactionAborted, TransactionFailed
 from shardalchemy.flush import RowConnections
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from shardalchemy.session import ShardedSession
 
-__all__ = ["ShardedTransaction"]
+__all__ = ["ShardedTransaction", "check_not_failed"]
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,38 @@ class ShardedTransaction(_Routed):
         asked = {s: c for s, c in connections.items() if s not in known}
         answers = fanout(_has_written, asked) if asked else {}
         return [s for s in connections if s in known or answers[s]]
+
+
+def check_not_failed(session: ShardedSession, connection: Connection) -> None:
+    """Refuse *connection* to a transaction in which another shard's statement failed.
+
+    On one PostgreSQL, every statement after a failed one fails until the transaction,
+    or the savepoint before it, is rolled back. Of its own failure a shard tells itself.
+    """
+    transaction: Any = session._transaction
+    while transaction.parent is not None:
+        transaction = transaction.parent
+    # Each connection is there twice: by itself, and by its engine.
+    if len(transaction._connections) <= 2:
+        return
+    for engine, (other, *_) in transaction._connections.items():
+        shard = session._names.get(engine)
+        if shard is None or other is connection:
+            continue
+        if in_failed_transaction(driver_of(other)):
+            error = TransactionFailed(
+                None,
+                None,
+                psycopg.errors.InFailedSqlTransaction(
+                    "current transaction is aborted, commands ignored until end of"
+                    " transaction block"
+                ),
+            )
+            error.add_detail(
+                f"a statement on shard {shard} has failed in this transaction; roll it"
+                " back, or to the savepoint before"
+            )
+            raise error
 
 
 def _end(

@@ -6,9 +6,9 @@ connection's ``wait`` is shadowed by one that switches to a hub greenlet, which 
 all sockets. So four shards are waited for at once without a thread, and the step is
 ordinary blocking code. In an event loop the same is ``greenlet_spawn`` and tasks.
 
-An error on one shard, or a Ctrl-C, cancels what the others are doing and waits for
-them to say so. One that does not within `CANCEL_TIMEOUT` seconds is closed: it never
-goes back to a pool in an unknown state.
+An error on one shard, a `Deadline` that passes, or a Ctrl-C, cancels what the others
+are doing and waits for them to say so. One that does not within `CANCEL_TIMEOUT`
+seconds is closed: it never goes back to a pool in an unknown state.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from psycopg.waiting import Wait
 from sqlalchemy.exc import StatementError
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from shardalchemy.engine.deadline import CANCEL_TIMEOUT, earliest
 from shardalchemy.engine.wire import driver_of
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["CANCEL_TIMEOUT", "attempt_all", "fanout"]
 
 T = TypeVar("T")
-
-CANCEL_TIMEOUT = 5.0
-"""Seconds a cancelled statement may take to end before its connection is closed."""
 
 EVENTS = {
     int(Wait.R): select.POLLIN,
@@ -163,6 +161,8 @@ class _Hub:
         self._poll = select.poll()
         self._must_cancel = False
         self._cancelled_at: float | None = None
+        self._waits = {s: vars(driver).get("wait") for s, driver in drivers.items()}
+        self._deadline = earliest(list(self._waits.values()))
 
     def run(self) -> dict[str, Any]:
         self._hub = getcurrent()
@@ -179,8 +179,10 @@ class _Hub:
             self._wait_for_all()
             raise
         finally:
-            for driver in self._drivers.values():
-                driver.__dict__.pop("wait", None)
+            for shard, driver in self._drivers.items():
+                vars(driver).pop("wait", None)
+                if self._waits[shard] is not None:
+                    driver.wait = self._waits[shard]
         return self._outcomes
 
     def _attempt(self, shard: str) -> None:
@@ -220,9 +222,13 @@ class _Hub:
 
     def _wait_for_all(self) -> None:
         while self._waiting:
-            if self._must_cancel and self._cancelled_at is None:
+            if self._cancelled_at is None and (self._must_cancel or self._is_late()):
                 self._cancel()
-            for descriptor, events in self._poll.poll(_TICK * 1000):
+            ready = self._poll.poll(self._tick() * 1000)
+            if not ready and self._cancelled_at is not None:
+                # One that reaches a server before its statement does has no effect.
+                self._cancel()
+            for descriptor, events in ready:
                 waiter, _ = self._waiting.pop(descriptor)
                 self._poll.unregister(descriptor)
                 waiter.switch(ready_state(events))
@@ -230,9 +236,23 @@ class _Hub:
                 late = time.monotonic() - self._cancelled_at > CANCEL_TIMEOUT
                 self._close_waiting(all_of_them=late)
 
+    def _tick(self) -> float:
+        """Return for how many seconds to wait at most before looking around."""
+        if self._deadline is None or self._cancelled_at is not None:
+            return _TICK
+        return min(_TICK, max(0.0, self._deadline.left))
+
+    def _is_late(self) -> bool:
+        """Return whether the deadline has passed; note for whom."""
+        if self._deadline is None or self._deadline.left > 0:
+            return False
+        self._deadline.late += [shard for _, shard in self._waiting.values()]
+        return True
+
     def _cancel(self) -> None:
         """Ask the servers to end what the waiting shards are doing."""
-        self._cancelled_at = time.monotonic()
+        if self._cancelled_at is None:
+            self._cancelled_at = time.monotonic()
         for _, shard in list(self._waiting.values()):
             driver = self._drivers[shard]
             try:
@@ -269,9 +289,11 @@ async def _run_in_loop(
     try:
         done, pending = await asyncio.wait(tasks, return_when=until)
         first = {task for task in done if task.exception() is not None}
-        if pending:
+        deadline = time.monotonic() + CANCEL_TIMEOUT
+        while pending and time.monotonic() < deadline:
             # Cancelled by the server, not the task: SQLAlchemy would close the
-            # connection of a cancelled task.
+            # connection of a cancelled task. A cancellation that reaches a server
+            # before its statement does has no effect.
             await asyncio.gather(
                 *(
                     drivers[tasks[task]].cancel_safe(timeout=CANCEL_TIMEOUT)
@@ -279,7 +301,7 @@ async def _run_in_loop(
                 ),
                 return_exceptions=True,
             )
-            await asyncio.wait(pending, timeout=CANCEL_TIMEOUT)
+            _, pending = await asyncio.wait(pending, timeout=_TICK)
     finally:
         # Reached with tasks left only if this task was cancelled, or a server did not
         # answer; each then cancels its statement, waits, and closes its connection.

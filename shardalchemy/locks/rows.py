@@ -96,7 +96,11 @@ class RowLocks:
         ).one()[0]
         try:
             row = session.get(
-                entity, ident, with_for_update=True, populate_existing=True
+                entity,
+                ident,
+                with_for_update=True,
+                populate_existing=True,
+                execution_options={"timeout": None},  # this wait has its own
             )
         except sa_exc.OperationalError as error:
             if isinstance(error.orig, psycopg.errors.LockNotAvailable):

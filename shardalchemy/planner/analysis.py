@@ -409,7 +409,9 @@ def _check_elements(elements: Sequence[Element]) -> None:
             if inside.kinds - {Kind.HOME}:
                 raise UnsupportedQueryError(
                     f"a {type(element.clause).__name__} of {inside.of_kind(*Kind)} in"
-                    " FROM is not supported over several shards."
+                    " FROM is not supported over several shards. Select from the table"
+                    " itself, or send the statement to one shard with"
+                    " execution_options(shard='…')."
                 )
 
 

@@ -27,7 +27,7 @@ from sqlalchemy.types import NullType
 from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.planner.functions import TRANSACTION_TIMES
 from shardalchemy.planner.scopes import Noting, noting, parameter_names
-from shardalchemy.planner.split import ColumnType, Rows
+from shardalchemy.planner.split import ColumnType, Rows, TypeNamed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -108,7 +108,7 @@ def told_types(piece: Piece, row: Sequence[Any]) -> list[ColumnType]:
 
 def fetch(
     piece: Piece,
-    types: Sequence[ColumnType],
+    types: Mapping[str, Sequence[ColumnType]],
     split: Split,
     dialect: Dialect,
 ) -> tuple[Any, dict[int, str]]:
@@ -119,6 +119,15 @@ def fetch(
     are rendered once.
     """
     bounded = piece.select
+    for need in piece.needs:
+        type_ = types[need.source.name][need.index]
+        if not type_.is_array:
+            values = BindParameter(
+                array_name(need.source, need.index), None, NullType()
+            )
+            some: Any = Function("ANY", cast(values, TypeNamed(f"{type_.name}[]")))
+            bounded = bounded._generate()
+            bounded._where_criteria += (need.column == some,)
     if bounded._limit_clause is None and bounded._fetch_clause is None:
         bounded = bounded._generate()
         bounded._limit_clause = BindParameter(MOST_ROWS, None, Integer())
@@ -130,7 +139,7 @@ def fetch(
             ),
             Text,
         )
-        for c, type_ in zip(source.c, types, strict=True)
+        for c, type_ in zip(source.c, types[piece.name], strict=True)
     ]
     counted = select(func.count(), *arrays).select_from(source)
     compiled = _compiled(counted, split, dialect)

@@ -117,7 +117,7 @@ class Layout:
     def why_not_rows(self, scope: Scope) -> str | None:
         """Return what keeps each row of *scope* from coming from one shard."""
         return why_not_rows(
-            scope.select, self.functions, lambda e: self.is_key(e, scope)
+            scope.select, scope.columns, self.functions, lambda e: self.is_key(e, scope)
         )
 
     def why_not_whole(self, scope: Scope, *, ordered: bool = False) -> str | None:
@@ -127,6 +127,7 @@ class Layout:
         """
         return why_not_whole(
             scope.select,
+            scope.columns,
             self.functions,
             lambda e: self.is_key(e, scope),
             ordered=ordered,

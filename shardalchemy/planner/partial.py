@@ -24,7 +24,6 @@ from sqlalchemy.sql.elements import (
     literal_column,
 )
 from sqlalchemy.sql.functions import Function, FunctionElement
-from sqlalchemy.types import UserDefinedType
 
 from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.planner.clauses import distinct_on, has_extension
@@ -36,7 +35,7 @@ from shardalchemy.planner.replaced import (
     sub_selects,
     without_orm,
 )
-from shardalchemy.planner.split import Piece, Rows, worker
+from shardalchemy.planner.split import Piece, Rows, TypeNamed, worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -148,18 +147,6 @@ class _NotInTwoSteps(Exception):
     """An expression cannot be combined from partial results."""
 
 
-class _TypeNamed(UserDefinedType[Any]):
-    """A type as PostgreSQL names it."""
-
-    cache_ok = True
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get_col_spec(self, **_: Any) -> str:
-        return self.name
-
-
 class _Parts:
     """The groups and partial aggregates that a shard computes."""
 
@@ -225,7 +212,7 @@ class _Parts:
             return func.coalesce(total, literal_column("0", BigInteger()))
         own_type = types[str(names[0])]
         if kind == "sum":
-            return cast(func.sum(parts[0]), _TypeNamed(own_type))
+            return cast(func.sum(parts[0]), TypeNamed(own_type))
         if kind == "avg":
             count = func.nullif(
                 cast(func.sum(parts[1]), BigInteger), literal_column("0")

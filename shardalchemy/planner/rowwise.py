@@ -25,7 +25,6 @@ from sqlalchemy import (
     Null,
     ScalarSelect,
     Select,
-    TableClause,
     True_,
     Tuple,
     TypeClause,
@@ -50,7 +49,7 @@ from shardalchemy.planner.clauses import distinct_on, has_extension
 from shardalchemy.planner.functions import is_custom
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from shardalchemy.planner.functions import Functions
 
@@ -82,9 +81,15 @@ _SCALAR_CLASSES = (
 
 
 def why_not_rows(
-    select: Any, functions: Functions, is_key: Callable[[Any], bool]
+    select: Any,
+    columns: Sequence[Any],
+    functions: Functions,
+    is_key: Callable[[Any], bool],
 ) -> str | None:
-    """Return the first clause whose rows need more than one shard, or None."""
+    """Return the first clause whose rows need more than one shard, or None.
+
+    *columns* are those of the result.
+    """
     if not isinstance(select, Select):
         return "a set operation"
     by_key = any(is_key(clause) for clause in select._group_by_clauses)
@@ -99,18 +104,18 @@ def why_not_rows(
         if present:
             return clause
     expressions = _Expressions(functions, is_key, grouped=by_key)
-    for column in select._raw_columns:
+    for column in columns:
         if getattr(column, "is_literal", False):
             return "a textual column"
-        if not isinstance(column, TableClause):
-            reason = expressions.why_not(column)
-            if reason is not None:
-                return reason
+        reason = expressions.why_not(column)
+        if reason is not None:
+            return reason
     return None
 
 
 def why_not_whole(
     select: Any,
+    columns: Sequence[Any],
     functions: Functions,
     is_key: Callable[[Any], bool],
     *,
@@ -120,11 +125,11 @@ def why_not_whole(
 
     *ordered* says that the order of the rows matters to whoever reads them.
     """
-    reason = why_not_rows(select, functions, is_key)
+    reason = why_not_rows(select, columns, functions, is_key)
     if reason is not None:
         return reason
     on = distinct_on(select)
-    apart = any(map(is_key, on or select._raw_columns))
+    apart = any(map(is_key, on or columns))
     for clause, present in (
         ("DISTINCT ON", bool(on) and not apart),
         ("DISTINCT", bool(select._distinct) and not apart),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Select, TableClause, column
+from sqlalchemy.types import UserDefinedType
 from sqlalchemy.util import EMPTY_DICT
 
 if TYPE_CHECKING:
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
     from shardalchemy.planner.scopes import Noted
     from shardalchemy.planner.slots import SlotSet
 
-__all__ = ["ColumnType", "Final", "FromPiece", "Piece", "Rows", "Split", "worker"]
+__all__ = [
+    "ColumnType",
+    "Final",
+    "FromPiece",
+    "Need",
+    "Piece",
+    "Rows",
+    "Split",
+    "TypeNamed",
+    "worker",
+]
 
 
 class Rows(TableClause):
@@ -54,11 +65,35 @@ class ColumnType:
         return self.name.endswith("[]") or self.name in ("oidvector", "int2vector")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Need:
+    """``column`` must be among the values of the ``index``-th column of ``source``."""
+
+    column: Any
+    source: Piece
+    index: int
+
+
+class TypeNamed(UserDefinedType[Any]):
+    """A type as PostgreSQL names it."""
+
+    cache_ok = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Return its name."""
+        return self.name
+
+
 @dataclass(slots=True, eq=False)
 class Piece:
     """One SELECT for the shards that own any of ``slots``; None stands for all.
 
-    ``columns`` are the names of what it selects, ``title`` says what that is.
+    ``columns`` are the names of what it selects, ``title`` says what that is. Of its
+    rows only those are fetched that ``needs`` allow, after the pieces they come from:
+    ``level`` counts the fetches before.
     """
 
     name: str
@@ -66,6 +101,8 @@ class Piece:
     columns: tuple[str, ...]
     slots: SlotSet | None
     title: str
+    needs: list[Need] = field(default_factory=list)
+    level: int = 0
 
     @property
     def sql(self) -> str:

@@ -25,6 +25,15 @@ from shardalchemy.planner.merged import merged
 from shardalchemy.planner.partial import combined, functional_keys, is_dedupable
 from shardalchemy.planner.plan import PlanKind
 from shardalchemy.planner.replaced import columns_in, sub_selects, without_orm
+from shardalchemy.planner.rowwise import is_limited
+from shardalchemy.planner.semijoins import (
+    LIMITED,
+    NARROWED,
+    PINNED,
+    WHOLE,
+    Fetched,
+    add_needs,
+)
 from shardalchemy.planner.split import FromPiece, Piece, Rows, Split, worker
 from shardalchemy.schema import Kind, placement_of
 
@@ -58,6 +67,7 @@ class _Splitting:
         key = statement._generate_cache_key()
         self._split = Split(PlanKind.GATHER, statement, key, layout.noted)
         self._has_text = any(text != "*" for text in found.texts)
+        self._fetched: list[Fetched] = []
         self._used: dict[int, set[str]] = {}
         for scope in layout.noted.scopes:
             for source, name in scope.used:
@@ -97,6 +107,7 @@ class _Splitting:
             self._refuse(f"{reason} may read tables by itself")
         for root in roots:
             self._gather(root)
+        add_needs(self._fetched)
         made.steps = f"{self._problem} over the rows of all shards"
         made.at_home = any(
             e.table is not None and placement_of(e.table).kind is Kind.HOME
@@ -154,6 +165,7 @@ class _Splitting:
                     self._split.pieces.append(piece)
                     inside = len(layout.subtree(scope)) - 1
                     self._split.final.selects[scope.index] = (inside, select)
+                    self._note_nested(piece, scope, names)
                     return
             if self._from(scope):
                 return
@@ -170,6 +182,17 @@ class _Splitting:
                 self._split.final.grouped[scope.index] = grouped
         for child in layout.children(scope):
             self._gather(child)
+
+    def _note_nested(
+        self, piece: Piece, scope: Scope, names: Sequence[str | None]
+    ) -> None:
+        """Note what stands for a subquery in the FROM of the scope around it."""
+        holder = self._layout.holder(scope)
+        if holder is None or scope.parent is None or piece.title != "finished rows":
+            return
+        size = LIMITED if is_limited(scope.select) else WHOLE
+        places = {str(name): index for index, name in enumerate(names)}
+        self._fetched.append(Fetched(piece, scope.parent, holder, places, size, False))
 
     def _names(self, scope: Scope) -> Sequence[str | None] | None:
         """Return the names by which a nested scope's columns are known outside."""
@@ -247,6 +270,9 @@ class _Splitting:
             f"rows of {element.table}",
         )
         self._split.pieces.append(piece)
+        size = PINNED if piece.slots is not None else NARROWED if where else WHOLE
+        places = {name: index for index, name in enumerate(piece.columns)}
+        self._fetched.append(Fetched(piece, scope, element, places, size, True))
         return piece
 
     def _own_conditions(self, scope: Scope, element: Element) -> list[Any]:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import psycopg
 import pytest
-from sqlalchemy import bindparam, delete, event, func, insert, select, text, update
+from sqlalchemy import (
+    bindparam,
+    delete,
+    event,
+    exc,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.orm import selectinload, subqueryload
 
 from shardalchemy import Cluster, ConfigurationError, ScatterWarning
-from shardalchemy.errors import UnsupportedQueryError
+from shardalchemy.engine.wire import driver_of
+from shardalchemy.errors import StatementTimeout, UnsupportedQueryError
 from tests.conftest import Servers
 from tests.integration.test_planner_differential import (
     Both,
@@ -228,3 +244,211 @@ def test_a_loop_of_writes_and_of_lazy_loads_is_seen(make: Make) -> None:
         with pytest.warns(ScatterWarning) as caught:
             assert isinstance(second.customers, list)
         assert caught[0].filename == __file__
+
+
+# -- timeouts ------------------------------------------------------------------------
+
+
+ALL = ("s1", "s2", "s3", "s4")
+
+# Each waits for a lock on a table, on some shards.
+SLOWLY: dict[str, tuple[Any, str, Sequence[str]]] = {
+    "scatter": (UNPINNED["scatter"], "pd_customers", ALL),
+    "combine": (UNPINNED["combine"], "pd_customers", ALL),
+    "gather": (UNPINNED["gather"], "pd_orders", ALL),
+    "one of many": (UNPINNED["scatter"], "pd_customers", ["s3"]),
+    "final": (
+        select(Note.id, func.count(Customer.id))
+        .join(Customer, Customer.id == Note.customer_id)
+        .group_by(Note.id),
+        "pd_notes",
+        ["s1"],
+    ),
+    "one shard": (PINNED["one key"], "pd_customers", ALL),
+    "copies": (select(Country), "pd_countries", ALL),
+    "home": (select(Note), "pd_notes", ["s1"]),
+    "plain": (text("SELECT pg_sleep(30)"), "pd_notes", []),
+    "update": (UNPINNED["update"], "pd_customers", ALL),
+    "update of one": (
+        update(Customer).where(Customer.id == 1).values(v=1),
+        "pd_customers",
+        ALL,
+    ),
+    "update of copies": (update(Country).values(v=2), "pd_countries", ["s3"]),
+    "insert": (insert(Customer).values(id=99, name="n"), "pd_customers", ALL),
+}
+
+
+@pytest.fixture
+def locked(servers: Servers) -> Any:
+    """Return a context in which a table is locked on some shards."""
+
+    @contextlib.contextmanager
+    def lock(table: str, shards: Sequence[str]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for shard in shards:
+                connection = stack.enter_context(servers.connect(shard))
+                stack.enter_context(connection.transaction(force_rollback=True))
+                connection.execute(f"LOCK TABLE {table}")
+            yield
+
+    return lock
+
+
+def check_healthy(session: Any) -> None:
+    """Assert that connections are as they were, and wait as they did."""
+    for shard in ALL:
+        connection = session.connection(bind_arguments={"shard": shard})
+        assert "wait" not in vars(driver_of(connection))
+        assert connection.scalar(text("SELECT 1")) == 1
+        assert connection.scalar(text("SHOW statement_timeout")) == "0"
+
+
+@pytest.mark.parametrize("listening", [False, True])
+@pytest.mark.parametrize("name", SLOWLY)
+def test_a_timeout_bounds_all_that_a_statement_waits_for(
+    make: Make, locked: Any, name: str, listening: bool
+) -> None:
+    statement, *lock = SLOWLY[name]
+    cluster = make()
+    Session = cluster.sessionmaker()
+    if listening:
+        event.listen(Session, "do_orm_execute", lambda state: None)
+    with Session() as session:
+        with locked(*lock):
+            start = time.monotonic()
+            with pytest.raises(StatementTimeout, match=r"timeout of 0\.3 s") as caught:
+                session.execute(statement, execution_options={"timeout": 0.3})
+            assert time.monotonic() - start < 3
+            assert isinstance(caught.value, exc.OperationalError)
+            assert isinstance(caught.value.orig, psycopg.errors.QueryCanceled)
+            # As in any transaction in which a statement has failed.
+            with pytest.raises(exc.InternalError) as later:
+                session.execute(select(Note))
+            assert isinstance(later.value.orig, psycopg.errors.InFailedSqlTransaction)
+        session.rollback()
+        assert session.get(Customer, 1) is not None
+        check_healthy(session)
+    for shard in cluster._shards.names:
+        assert cluster._shards.sync(shard).pool.checkedin() == 1
+
+
+@pytest.mark.parametrize("name", SLOWLY)
+async def test_a_timeout_in_an_event_loop(make: Make, locked: Any, name: str) -> None:
+    statement, *lock = SLOWLY[name]
+    async with make() as cluster, cluster.async_sessionmaker()() as session:
+        with locked(*lock):
+            start = time.monotonic()
+            with pytest.raises(StatementTimeout, match=r"timeout of 0\.3 s"):
+                await session.execute(statement, execution_options={"timeout": 0.3})
+            assert time.monotonic() - start < 3
+            with pytest.raises(exc.InternalError) as later:
+                await session.execute(select(Note))
+            assert isinstance(later.value.orig, psycopg.errors.InFailedSqlTransaction)
+        await session.rollback()
+        assert await session.get(Customer, 1) is not None
+        await session.run_sync(check_healthy)
+
+
+def test_a_timeout_names_the_shards_that_were_late(make: Make, locked: Any) -> None:
+    with make().sessionmaker()() as session, locked("pd_customers", ["s2", "s4"]):
+        with pytest.raises(StatementTimeout) as caught:
+            session.execute(select(Customer), execution_options={"timeout": 0.3})
+        assert "0.3 s, on shard s2, s4; it was cancelled" in str(caught.value)
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert str(again) == str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["one of many", "update of one"])
+def test_a_savepoint_outlives_a_timeout(make: Make, locked: Any, name: str) -> None:
+    statement, *lock = SLOWLY[name]
+    with make().sessionmaker()() as session:
+        session.execute(insert(Tag).values(tag="new", v=77))
+        with locked(*lock), pytest.raises(StatementTimeout), session.begin_nested():
+            session.execute(statement, execution_options={"timeout": 0.3})
+        assert session.scalar(select(Tag.v).where(Tag.tag == "new")) == 77
+        assert len(session.scalars(select(Customer)).all()) > 4
+
+
+def test_timeouts_of_the_cluster_the_statement_and_the_call(make: Make) -> None:
+    with make(statement_timeout=0.3).sessionmaker()() as session:
+        with pytest.raises(StatementTimeout):
+            session.execute(text("SELECT pg_sleep(30)"))
+        session.rollback()
+        sleeps = text("SELECT pg_sleep(0.6)")
+        session.execute(sleeps.execution_options(timeout=None))
+        session.execute(sleeps, execution_options={"timeout": 20.0})
+        session.execute(
+            sleeps.execution_options(timeout=0.1), execution_options={"timeout": 2}
+        )
+        rows = session.scalars(select(Customer).options(selectinload(Customer.orders)))
+        assert any(customer.orders for customer in rows)
+
+
+def test_what_is_flushed_before_does_not_count(make: Make) -> None:
+    cluster = make()
+    with cluster.sessionmaker()() as session:
+        session.add(Note(id=99, body="b"))
+        engine = cluster._shards.sync("s1")
+
+        @event.listens_for(engine, "before_cursor_execute")
+        def slow(connection: Any, cursor: Any, sql: str, *_: Any) -> None:
+            if sql.startswith("INSERT"):
+                cursor.execute("SELECT pg_sleep(0.6)")
+
+        session.execute(select(Note), execution_options={"timeout": 0.3})
+
+
+@pytest.mark.parametrize("value", [0, -1, "5", True])
+def test_a_timeout_is_a_number_of_seconds(make: Make, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match="seconds"):
+        make(statement_timeout=value)
+    with (
+        make().sessionmaker()() as session,
+        pytest.raises(ConfigurationError, match="seconds"),
+    ):
+        session.execute(select(Note), execution_options={"timeout": value})
+
+
+@pytest.mark.parametrize("name", ["scatter", "one shard"])
+@pytest.mark.parametrize("in_loop", [False, True])
+async def test_a_server_that_does_not_answer_is_given_up(
+    make: Make,
+    servers: Servers,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    in_loop: bool,
+) -> None:
+    for module in ("deadline", "fanout"):
+        where = sys.modules[f"shardalchemy.engine.{module}"]
+        monkeypatch.setattr(where, "CANCEL_TIMEOUT", 0.5)
+    cluster = make()
+    server = servers.local.servers[cluster.shard_for(Customer, 1)]
+
+    statement = PINNED["one key"] if name == "one shard" else select(Customer)
+
+    def work(session: Any) -> None:
+        session.execute(statement)
+        server.pause()
+        start = time.monotonic()
+        try:
+            with pytest.raises(StatementTimeout) as caught:
+                session.execute(statement, execution_options={"timeout": 0.3})
+        finally:
+            server.resume()
+        assert time.monotonic() - start < 8
+        assert caught.value.connection_invalidated or name == "scatter"
+        session.rollback()
+        assert session.get(Customer, 1) is not None
+        check_healthy(session)
+
+    if in_loop:
+        async with cluster.async_sessionmaker()() as session:
+            await session.run_sync(work)
+        await cluster.aclose()
+    else:
+        with cluster.sessionmaker()() as session:
+            work(session)
+
+
+# -- errors --------------------------------------------------------------------------

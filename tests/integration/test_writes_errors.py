@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ class Item(Base):
     __table_args__ = {"info": sharded_by("id")}
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     v: Mapped[int]
+    token: Mapped[uuid.UUID | None] = mapped_column(onupdate=uuid.uuid4)
 
 
 ROWS = [{"id": n, "v": 0} for n in range(40)]
@@ -110,6 +112,19 @@ def test_a_failed_write_leaves_nothing_prepared(
         fail()
     assert servers.prepared() == {}
     assert values(stored) == {0}
+
+
+def test_what_python_gives_an_update_it_gives_to_all_rows(stored: Cluster) -> None:
+    with stored.sessionmaker()() as session:
+        items = session.scalars(select(Item)).all()
+        session.execute(update(Item).values(v=1))
+        (token,) = {item.token for item in items}
+        assert token is not None
+        session.expire_all()
+        assert {item.token for item in items} == {token}
+        rows = [{"id": item.id, "v": 2} for item in items]
+        session.execute(update(Item), rows)
+        assert token not in set(session.scalars(select(Item.token)))
 
 
 async def test_an_async_session_writes_on_several_shards(stored: Cluster) -> None:

@@ -134,6 +134,13 @@ def test_rows_are_given_the_keys_and_locators_they_lack(both: Both) -> None:
         both.everything(session)
 
 
+def test_explain_says_where_rows_are_read(both: Both) -> None:
+    with both.sharded() as session:
+        one = insert(Party.__table__).from_select(PARTY, SAME_SHARD["one"]())
+        assert len(session.explain(one).shards) == 1
+        assert len(session.explain(MOVING["into itself"]()).shards) == 4
+
+
 REFUSED: dict[str, Any] = {
     "for update": lambda: insert(Tag).from_select(
         ["tag", "v"], select(Tag.tag + "!", Tag.v).with_for_update()

@@ -94,7 +94,8 @@ class Search:
             if not any(sql in failure for failure in self.failures):
                 self._report(
                     f"-- data set {self.twins.dataset}; again: python -m"
-                    f" tests.differential {count} {seed}\n{sql}\n/* {outcome.detail}\n*/"
+                    f" tests.differential {count} {seed}\n{sql}\n"
+                    f"/* {outcome.detail}\n*/"
                 )
 
     def _report(self, failure: str) -> None:

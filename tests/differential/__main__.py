@@ -41,17 +41,10 @@ def main() -> int:
             servers, collation=options.collation
         ) as twins,
     ):
-        search = Search(twins)
-        seed, shown = options.seed, 0
-        while search.tally.total < options.count:
-            left = options.count - search.tally.total
-            search.chunk(seed, min(options.chunk, left))
-            seed += 1
-            for failure in search.failures[shown:]:
-                print(f"\n{failure}\n", flush=True)
-            shown = len(search.failures)
+        search = Search(twins, report=lambda text: print(f"\n{text}\n", flush=True))
+        after = search.run(options.count, options.seed, options.chunk)
     print(search.tally.report())
-    print(f"{time.monotonic() - start:.0f} s, seeds {options.seed} to {seed - 1}")
+    print(f"{time.monotonic() - start:.0f} s, seeds {options.seed} to {after - 1}")
     if options.write:
         options.write.write_text("\n\n".join(search.failures))
     return 1 if search.failures else 0

@@ -255,7 +255,9 @@ class Specimen(Base):
     body: Mapped[str | None]
     words: Mapped[str | None] = mapped_column(
         pg.TSVECTOR,
-        Computed("to_tsvector('simple'::regconfig, coalesce(body, ''))"),
+        Computed(
+            "to_tsvector('simple'::regconfig, coalesce(body, ''))", persisted=True
+        ),
     )
     code: Mapped[int | None] = mapped_column(Code(8))
     point: Mapped[Point] = composite(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,8 @@ CHUNK = 250
 """Statements to one data set."""
 
 _ORDER = ["mixed", "ties", "mixed", "lonely", "mixed", "sparse", "mixed", "empty"]
-_MOST_SHRUNK = 12
+_MOST_SHRUNK = 8
+_MOST_WRONG = 40
 
 assert set(_ORDER) == set(PROFILES)
 
@@ -41,19 +43,28 @@ class Search:
     twins: Twins
     tally: Tally = field(default_factory=Tally)
     failures: list[str] = field(default_factory=list)
+    report: Callable[[str], None] = lambda failure: None
 
-    def run(self, count: int, seed: int, chunk: int = CHUNK) -> None:
-        """Judge at least *count* statements, in chunks from *seed* on."""
-        while self.tally.total < count:
+    def run(self, count: int, seed: int, chunk: int = CHUNK) -> int:
+        """Judge *count* statements, in chunks from *seed* on; return the next seed.
+
+        Ends early where so much is wrong that more says nothing new.
+        """
+        while self.tally.total < count and self.wrong < _MOST_WRONG:
             self.chunk(seed, min(chunk, count - self.tally.total))
             seed += 1
+        return seed
+
+    @property
+    def wrong(self) -> int:
+        return self.tally.outcomes["WRONG"]
 
     def chunk(self, seed: int, count: int) -> None:
         profile = _ORDER[seed % len(_ORDER)]
         self.twins.fill(profile, seed)
         self.twins.forget()  # or the chunk alone might not fail again
         seen: dict[str, Any] = {"counting": True}
-        shrink = len(self.failures) < _MOST_SHRUNK
+        shrink = self.wrong < _MOST_SHRUNK
 
         @hypothesis_seed(seed)
         @settings(
@@ -79,10 +90,17 @@ class Search:
             all_agree()
         except Wrong:
             case, outcome = seen["last"]
-            self.failures.append(
-                f"-- data set {self.twins.dataset}; again: python -m tests.differential"
-                f" {count} {seed}\n{described(case)}\n/* {outcome.detail}\n*/"
-            )
+            sql = described(case)
+            if not any(sql in failure for failure in self.failures):
+                self._report(
+                    f"-- data set {self.twins.dataset}; again: python -m"
+                    f" tests.differential {count} {seed}\n{sql}\n"
+                    f"/* {outcome.detail}\n*/"
+                )
+
+    def _report(self, failure: str) -> None:
+        self.failures.append(failure)
+        self.report(failure)
 
     def _judge(self, case: Case) -> Outcome:
         with warnings.catch_warnings():

@@ -16,7 +16,7 @@ import random
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -280,47 +280,45 @@ class Twins:
     ) -> None:
         self._urls = {name: make_url(url) for name, url in servers.urls.items()}
         self._tag = uuid.uuid4().hex[:8]
-        self._made: list[tuple[sa.URL, str]] = []
+        self._open = ExitStack()
         self.metadata = metadata
         first = next(iter(self._urls.values()))
         setting = {"options": f"-c timezone={timezone}"}
 
         def made(url: sa.URL, name: str) -> sa.URL:
-            sql = f"CREATE DATABASE {name} TEMPLATE template0 {collation}"
-            with _admin(url) as connection:
-                connection.exec_driver_sql(sql)
-            self._made.append((url, name))
+            self._create(url, name, f"template0 {collation}")
             return url.set(database=name).update_query_dict(setting)
 
         try:
-            self.engine = create_engine(made(first, f"df_plain_{self._tag}"))
+            self.engine = self._engine(made(first, f"df_plain_{self._tag}"))
             urls = {n: made(u, f"df_shard_{self._tag}") for n, u in self._urls.items()}
-            self.shards = {
-                n: create_engine(url, pool_size=1) for n, url in urls.items()
-            }
+            self.shards = {n: self._engine(url) for n, url in urls.items()}
             self._cluster = lambda: Cluster(urls, redis=servers.redis_url, **options)
             self.cluster = self._cluster()
+            self._open.callback(lambda: self.cluster.close())
             metadata.create_all(self.engine)
             self.cluster.create_all(metadata)
         except BaseException:
-            self._drop()
+            self.close()
             raise
         self.plain = sessionmaker(self.engine)
         self.sharded = self.cluster.sessionmaker()
         self.dataset = "none"
         self.rows: Rows = {}
 
+    def _create(self, url: sa.URL, name: str, template: str) -> None:
+        with _admin(url) as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self._open.callback(_drop, url, name)
+
+    def _engine(self, url: sa.URL) -> sa.Engine:
+        engine = create_engine(url)
+        self._open.callback(engine.dispose)
+        return engine
+
     def close(self) -> None:
         """Close all connections and drop the databases."""
-        self.cluster.close()
-        for engine in (self.engine, *self.shards.values()):
-            engine.dispose()
-        self._drop()
-
-    def _drop(self) -> None:
-        for url, name in self._made:
-            with _admin(url) as connection:
-                connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+        self._open.close()
 
     def __enter__(self) -> Twins:
         return self
@@ -457,13 +455,9 @@ class Mirror(Twins):
         off = "".join(f" -c enable_{name}=off" for name in settings)
         name = f"df_mirror_{self._tag}"
         self.engine.dispose()  # a template must not be in use
-        with _admin(url) as connection:
-            connection.exec_driver_sql(
-                f"CREATE DATABASE {name} TEMPLATE df_plain_{self._tag}"
-            )
-        self._made.append((url, name))
+        self._create(url, name, f"df_plain_{self._tag}")
         query = {"options": f"{self.engine.url.query['options']}{off}"}
-        self.mirror = create_engine(url.set(database=name).update_query_dict(query))
+        self.mirror = self._engine(url.set(database=name).update_query_dict(query))
         self.sharded = sessionmaker(self.mirror)
 
     def load(self, rows: Rows) -> None:
@@ -480,9 +474,10 @@ class Mirror(Twins):
     def kind_of(self, case: Case) -> str:
         return "mirrored"
 
-    def close(self) -> None:
-        self.mirror.dispose()
-        super().close()
+
+def _drop(url: sa.URL, name: str) -> None:
+    with _admin(url) as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @contextmanager

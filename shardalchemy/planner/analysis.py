@@ -451,8 +451,11 @@ def _why_not_scattered(statement: Any, layout: Layout) -> str | None:
     if root.compound:
         return "a set operation"
     loader = _is_relationship_load(root.original)
-    problem = layout.why_not_whole(root, ordered=not loader)
-    if problem is None and loader and _is_ordered(root.original):
+    # What only eager loading sorts by keeps each parent's children together, and those
+    # are where their parent is.
+    ordered = bool(getattr(root.original, "_order_by_clauses", ()))
+    problem = layout.why_not_whole(root, ordered=ordered and not loader)
+    if problem is None and loader and root.select._order_by_clauses:
         sharded = [r for r in layout.found if r.scope is root]
         if not _ordered_within_parents(sharded, layout.found):
             problem = "ORDER BY"
@@ -462,10 +465,6 @@ def _why_not_scattered(statement: Any, layout: Layout) -> str | None:
         or layout.functions.why_not_by_shard(upper_clauses(root))
         or layout.tells_time
     )
-
-
-def _is_ordered(original: Any) -> bool:
-    return bool(getattr(original, "_order_by_clauses", ()))
 
 
 def _ordered_within_parents(

@@ -294,9 +294,15 @@ class _Final(_Worker):
                 return f"{piece.rows.name}.{self.preparer.quote(name)}"
         schema = getattr(column.table, "schema", None)
         if schema and self._is_replaced(column.table):
-            # What stands for the table has its name, but is in no schema.
-            return text.removeprefix(self.preparer.quote_schema(schema) + ".")
+            quote = self.preparer.quote
+            prefix = f"{self.preparer.quote_schema(schema)}.{quote(column.table.name)}."
+            return f"{self._stand_in(column.table)}.{text.removeprefix(prefix)}"
         return text
+
+    def _stand_in(self, table: Any) -> str:
+        """Return the name of what stands for a table: it can be in no schema."""
+        name = f"{table.schema}.{table.name}" if table.schema else table.name
+        return self.preparer.quote(name)
 
     def _is_replaced(self, table: Any) -> bool:
         return any(
@@ -324,7 +330,7 @@ class _Final(_Worker):
             return text
         name = (kw.get("ambiguous_table_name_map") or {}).get(table.name)
         if name is None or table.schema:
-            return f"{text} AS {self.preparer.quote(table.name)}"
+            return f"{text} AS {self._stand_in(table)}"
         return f"{text} AS {self._truncated_identifier('alias', name)}"
 
     def _rows_for(self, table: Any, alias: Any) -> Rows | None:

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import BigInteger, Float, Integer, Numeric, Select, cast, func, select
+from sqlalchemy import (
+    BigInteger,
+    Float,
+    Integer,
+    Numeric,
+    Select,
+    cast,
+    func,
+    select,
+    type_coerce,
+)
 from sqlalchemy import types as sa_types
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import (
@@ -217,7 +227,8 @@ class _Parts:
             return func.coalesce(total, literal_column("0", BigInteger()))
         own_type = types[str(names[0])]
         if kind == "sum":
-            return cast(func.sum(parts[0]), TypeNamed(own_type))
+            total = cast(func.sum(parts[0]), TypeNamed(own_type))
+            return type_coerce(total, element.type)
         if kind == "avg":
             count = func.nullif(
                 cast(func.sum(parts[1]), BigInteger), literal_column("0")

@@ -213,7 +213,8 @@ class _Splitting:
         if holder is None:
             return None
         names = [c.name for c in holder.clause.c]
-        return names if len(names) == len(scope.columns) else None
+        apart = len(set(names)) == len(scope.columns)
+        return names if apart and len(names) == len(scope.columns) else None
 
     def _from(self, scope: Scope) -> bool:
         """Fetch the rows of a local FROM and WHERE, if it is one; return whether so."""

@@ -373,6 +373,10 @@ class ShardedSession(Session):
     ) -> Any:
         assert where.split is not None
         self._autoflush_for(options)
+        own_keys = where.own
+        if getattr(statement, "_is_lambda_element", False):
+            # Its parameters are counted otherwise than those of what it stands for.
+            statement, own_keys = statement._resolved, {}
         own = getattr(statement, "_execution_options", EMPTY_DICT)
         most_rows = {**own, **options}.get(
             "gather_max_rows", self._cluster.gather_max_rows
@@ -386,7 +390,7 @@ class ShardedSession(Session):
                 statement,
                 where.params,
                 most_rows,
-                where.own,
+                own_keys,
                 run,
             )
 

@@ -67,6 +67,15 @@ def add_needs(fetched: Sequence[Fetched]) -> None:
                     target.piece.level = level
                     target.size = min(target.size, NARROWED)
                     grown = True
+        for target, column, source, index in edges:
+            # What else the pieces before it say narrows it further, at no wait.
+            known = {(need.source.name, need.index) for need in target.piece.needs}
+            if (
+                target.piece.needs
+                and source.piece.level < target.piece.level
+                and (source.piece.name, index) not in known
+            ):
+                target.piece.needs.append(Need(column, source.piece, index))
 
 
 def _edges(scope: Scope, criterion: Any, by_element: Mapping[Any, Fetched]) -> Any:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
     from sqlalchemy.engine import Dialect
-    from sqlalchemy.sql.cache_key import CacheKey
 
     from shardalchemy.planner import OwnKeys
     from shardalchemy.planner.split import ColumnType, Piece, Split
@@ -83,16 +82,15 @@ def assemble(
             connections[final_shard]
         )
     bounded = {**given, sql.MOST_ROWS: most_rows + 1}
-    key = statement._generate_cache_key()
-    types = _types(split, connections[final_shard], statement, key, bounded)
+    types = _types(split, connections[final_shard], statement, bounded)
     gathered = {piece.name: _Gathered() for piece in split.pieces}
 
     def compile_fetch(piece: Piece, dialect: Dialect) -> Any:
-        return sql.fetch(piece, types[piece.name], split, dialect, key)
+        return sql.fetch(piece, types, split, dialect)
 
     def fetch(shard: str, connection: Connection) -> list[tuple[str, Any]]:
         answers = []
-        for piece in split.pieces:
+        for piece in now:
             if shard in shards[piece.name]:
                 compiled, lists = split.compiled(
                     connection.dialect, piece.name, partial(compile_fetch, piece)
@@ -108,14 +106,21 @@ def assemble(
                 answers.append((piece.name, row))
         return answers
 
-    working = {
-        shard: connection
-        for shard, connection in connections.items()
-        if any(shard in some for some in shards.values())
-    }
-    for answers in fanout(fetch, working).values() if working else ():
-        for name, (rows, *arrays) in answers:
-            gathered[name].add(rows, arrays)
+    for level in sorted({piece.level for piece in split.pieces}):
+        now = [piece for piece in split.pieces if piece.level == level]
+        working = {
+            shard: connection
+            for shard, connection in connections.items()
+            if any(shard in shards[piece.name] for piece in now)
+        }
+        for answers in fanout(fetch, working).values() if working else ():
+            for name, (rows, *arrays) in answers:
+                gathered[name].add(rows, arrays)
+        for piece in now:
+            for index in range(len(piece.columns)):
+                given[sql.array_name(piece, index)] = gathered[piece.name].column(index)
+        if any(piece.level > level for piece in split.pieces):
+            bounded.update(given)
     if sum(piece.rows for piece in gathered.values()) > most_rows:
         raise UnsupportedQueryError(
             f"the statement needs more than {most_rows} rows on one shard"
@@ -123,13 +128,10 @@ def assemble(
             " aggregate, or allow more with execution_options(gather_max_rows=…) or"
             " Cluster(gather_max_rows=…)."
         )
-    for piece in split.pieces:
-        for index in range(len(piece.columns)):
-            given[sql.array_name(piece, index)] = gathered[piece.name].column(index)
     final = split.compiled(
         connections[final_shard].dialect,
         "final",
-        lambda dialect: sql.final(statement, types, split, dialect, key),
+        lambda dialect: sql.final(types, split, dialect),
     )
     statement, options = _with_compiled(statement, final, connections[final_shard])
     return run(final_shard, statement, given, options)
@@ -139,7 +141,6 @@ def _types(
     split: Split,
     connection: Connection,
     statement: Any,
-    key: CacheKey | None,
     params: Mapping[str, Any],
 ) -> Mapping[str, Sequence[ColumnType]]:
     """Return the types of the pieces' columns; ask a shard the first time."""
@@ -148,7 +149,7 @@ def _types(
     if split.types is None:
         found = {}
         for piece in split.pieces:
-            compiled = sql.probe(piece, split, connection.dialect, key)
+            compiled = sql.probe(piece, split, connection.dialect)
             row = _execute(connection, statement, compiled, params).one()
             found[piece.name] = sql.told_types(piece, row)
         split.types = found

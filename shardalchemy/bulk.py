@@ -34,8 +34,9 @@ def save_in_bulk(
 
     Raises ShardKeyError for a row without a usable shard key, before any is written.
     """
-    rows = row_placement(inspect(mapper).mapper)
-    if rows.kind is Kind.HOME:
+    inspected = inspect(mapper, raiseerr=False)
+    rows = None if inspected is None else row_placement(inspected.mapper)
+    if rows is None or rows.kind is Kind.HOME:
         save(mapper, mappings, **how)
         return
     if rows.kind is Kind.REFERENCE:
@@ -66,7 +67,7 @@ def _slot(
     """Return the slot of a row, and the row with what it lacked."""
     if how["isstates"]:
         if how["isupdate"]:
-            return rows.stored_slot(item), item
+            return rows.kept_slot(item), item
         return rows.new_slot(item, session._next_value), item
     if how["isupdate"]:
         # SQLAlchemy says what is wrong with a row that has no primary key.

@@ -8,6 +8,7 @@ from shardalchemy.schema import Kind
 
 if TYPE_CHECKING:
     from shardalchemy.planner import Plan
+    from shardalchemy.planner.split import Piece
     from shardalchemy.routing import Destination
     from shardalchemy.session import ShardedSession
 
@@ -27,7 +28,7 @@ def explained(session: ShardedSession, where: Destination) -> Plan:
                 piece.title,
                 piece.sql,
                 tuple(where.pieces[piece.name]),
-                "nothing pins the shard key" if piece.slots is None else "",
+                _why_there(piece),
             )
             for piece in where.split.pieces
         )
@@ -35,6 +36,17 @@ def explained(session: ShardedSession, where: Destination) -> Plan:
     kind = PlanKind.ROUTE if len(names) == 1 else PlanKind.SCATTER
     why = _why(where, single=len(names) == 1)
     return Plan(kind, names, dict.fromkeys(names, why))
+
+
+def _why_there(piece: Piece) -> str:
+    """Return which rows of a piece are fetched, and why not fewer."""
+    if piece.needs:
+        among = [
+            (n.column.name, n.source.name, n.source.columns[n.index])
+            for n in piece.needs
+        ]
+        return "; ".join(f"{name} in {rows}.{column}" for name, rows, column in among)
+    return "nothing pins the shard key" if piece.slots is None else ""
 
 
 def _why(where: Destination, *, single: bool) -> str:

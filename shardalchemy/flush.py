@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import inspect
 
 from shardalchemy.engine.replicated import ReplicatedConnection
+from shardalchemy.moves import MovingConnection
 from shardalchemy.routing import home_first
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind
@@ -42,11 +43,14 @@ class RowConnections:
         state: Any = inspect(instance)
         rows = row_placement(state.manager.mapper)
         if rows.kind is Kind.SHARDED:
-            return self.for_slot(
-                rows.new_slot(state, session._next_value)
-                if state.key is None
-                else rows.stored_slot(state)
-            )
+            if state.key is None:
+                return self.for_slot(rows.new_slot(state, session._next_value))
+            here = self.for_slot(rows.stored_slot(state))
+            if not state.committed_state:
+                return here
+            slot = rows.slot_after(state)
+            there = self.for_slot(slot)
+            return here if there is here else MovingConnection(here, there, slot)
         if rows.kind is Kind.HOME:
             return session._connection_for_bind(session.get_bind(mapper))
         return self.for_copies()

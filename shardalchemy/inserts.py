@@ -227,10 +227,19 @@ def _slots(
         if n not in (column.key, key_name) and any(r.get(n) is None for r in rows)
     ]
     keys = [row.get(key_name, given) for row in rows]
-    if len(keys) >= _BULK and slot_of is _int8_slot and not locators:
-        quick = _int8_slots(keys)
-        if quick is not None:
+    counted = table.autoincrement_column
+    if counted is None or counted is column or counted.key in fixed:
+        count_name = ""
+    else:
+        count_name = named(counted)
+        if not any(row.get(count_name) is None for row in rows):
+            count_name = ""
+    if not locators and not count_name and not any(key is None for key in keys):
+        numbers = slot_of is _int8_slot and len(keys) >= _BULK
+        quick = (_int8_slots(keys) if numbers else None) or list(map(slot_of, keys))
+        if None not in quick:
             return quick, rows
+    # What follows says which key is wrong as well.
     slots: list[int] = []
     completed: list[Any] = []
     changed = False
@@ -244,9 +253,14 @@ def _slots(
                 f" {key!r}; it must be {placement.pin.accepts}."
             )
         slots.append(slot)
-        lacking = {n: new_locator(slot) for n in locators if row.get(n) is None}
+        lacking: dict[str, Any] = {
+            n: new_locator(slot) for n in locators if row.get(n) is None
+        }
         if given is None and row.get(key_name) is None:
             lacking[key_name] = key
+        if count_name and row.get(count_name) is None:
+            assert counted is not None
+            lacking[count_name] = session._next_value(counted)
         if lacking:
             changed = True
             row = {**row, **lacking}
@@ -254,7 +268,7 @@ def _slots(
     return slots, completed if changed else rows
 
 
-def _int8_slots(keys: list[Any]) -> list[int] | None:
+def _int8_slots(keys: list[Any]) -> list[Any] | None:
     """Return the slots of *keys* if all are plain integers of 64 bits."""
     if "numpy" not in sys.modules or not all(type(key) is int for key in keys):
         return None

@@ -19,6 +19,7 @@ from shardalchemy.inserts import completed_insert
 from shardalchemy.ring import KEY_TYPES
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
+from shardalchemy.selected import inserts_elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,6 +80,9 @@ def destination(
     if named is not None:
         check_not_a_copy(statement)
         return Destination((named,), None, params)
+    if isinstance(statement, Insert) and inserts_elsewhere(statement):
+        # Where it reads; rows that do not stay there are sent on to their shards.
+        return destination(session, statement.select, params, options)
     topology = session._topology()
     analysis, extracted = session._cluster._analyser.analyse(statement)
     if analysis.kind is Kind.HOME:
@@ -236,8 +240,10 @@ def slots_of(
 
 def owners_of(topology: Topology, slots: set[int] | None) -> tuple[str, ...]:
     """Return the shards that own any of *slots*, in the topology's order."""
+    if slots is None:
+        return topology.owning
     owners = topology.owners
-    needed = set(owners) if slots is None else {owners[slot] for slot in slots}
+    needed = {owners[slot] for slot in slots}
     return tuple(shard for shard in topology.shards if shard in needed)
 
 

@@ -53,31 +53,59 @@ class RowPlacement:
     counted: tuple[tuple[str, Column[Any]], ...] = ()
 
     def stored_slot(self, state: InstanceState[Any]) -> int:
-        """Return the slot of an object that has an identity.
-
-        Raises ShardKeyError where an attribute that says where the row lives has
-        been changed.
-        """
+        """Return the slot of an object that has an identity."""
         assert self.identity_pin is not None
         assert state.key is not None
         slot = self.identity_pin.slot(state.key[1][self.identity_index])
         assert slot is not None
-        if state.committed_state:
-            for attribute, pin in self.pinned:
-                before = state.committed_state.get(attribute, _NO_VALUE)
-                if before is _NO_VALUE:
-                    continue
-                after = state.dict.get(attribute)
-                if after is None and state.manager.mapper._is_orphan(state):
-                    continue  # its row is being deleted
-                # What was not loaded before it was set can be told by its slot alone.
-                kept = pin.slot(after) == slot if _is_marker(before) else False
-                if after != before and not kept:
-                    raise ShardKeyError(
-                        f"{self.name}.{attribute} was changed to {after!r}: it says on"
-                        " which shard the row lives. Delete the object and add a new"
-                        " one with that value."
-                    )
+        return slot
+
+    def slot_after(self, state: InstanceState[Any]) -> int:
+        """Return the slot of a stored object's row once its changes are flushed.
+
+        Raises ShardKeyError where its attributes do not name one slot together.
+        """
+        before = self.stored_slot(state)
+        if not state.committed_state:
+            return before
+        slots: dict[str, int] = {}
+        kept: list[str] = []
+        for attribute, pin in self.pinned:
+            value = state.dict.get(attribute, _NO_VALUE)
+            if attribute not in state.committed_state:
+                if value is not None:
+                    kept.append(attribute)
+                continue
+            if value is None and attribute != self.key_attribute:
+                continue  # it names no slot any more
+            if value is None and state.manager.mapper._is_orphan(state):
+                return before  # its row is being deleted
+            slot = pin.slot(value)
+            if slot is None:
+                raise ShardKeyError(
+                    f"{self.name}.{attribute} was changed to {value!r}: it says on"
+                    f" which shard the row lives, and must be {pin.accepts}."
+                )
+            slots[attribute] = slot
+        after = set(slots.values()) or {before}
+        if len(after) == 1 and (after == {before} or not kept):
+            return after.pop()
+        moved = next((a for a, s in slots.items() if s != before), "")
+        others = [a for a in (*kept, *slots) if a != moved]
+        raise ShardKeyError(
+            f"{self.name}.{moved} was changed to {state.dict[moved]!r}: it says on"
+            f" which shard the row lives, and {' and '.join(others)} names the slot of"
+            " another key. Delete the object and add a new one with that value."
+        )
+
+    def kept_slot(self, state: InstanceState[Any]) -> int:
+        """Return a stored object's slot; raise ShardKeyError where it would move."""
+        slot = self.stored_slot(state)
+        if self.slot_after(state) != slot:
+            raise ShardKeyError(
+                f"the shard key of a {self.name} was changed, and the bulk methods do"
+                " not move rows. Flush it with the session."
+            )
         return slot
 
     def new_slot(

@@ -36,6 +36,7 @@ from shardalchemy.routing import (
     shard_of_identity,
 )
 from shardalchemy.schema import Kind, placement_of
+from shardalchemy.settings import Settings
 from shardalchemy.transaction import ShardedTransaction, check_not_failed
 from shardalchemy.writes import Part, run_write, write_of
 
@@ -102,6 +103,7 @@ class ShardedSession(Session):
         self._unfinished: dict[str, Any] = {}
         self._turns: list[Any] = []
         self._began_at: str | None = None
+        self._settings = Settings()
         self._scattered: ScatterCount = {}
         self._deadline: Deadline | None = None
         super().__init__(**options)
@@ -146,7 +148,28 @@ class ShardedSession(Session):
             shard = self._names.get(connection.engine)
             if shard is not None:
                 self._deadline.cover(shard, connection)
+        if self._settings:
+            self._settings.repeat(self._names[engine.engine], connection)
         return connection
+
+    def _run_setting(self, run: Any, statement: Any, params: Any) -> Any:
+        """Run what changes a setting at home, and wherever the transaction is."""
+        result = run(None)
+        home = self._topology().home
+        self._settings.add(home, statement, params)
+        for shard, connection in self._connections_in_use().items():
+            self._settings.repeat(shard, connection)
+        return result
+
+    def _connections_in_use(self) -> dict[str, Connection]:
+        transaction = self._transaction
+        if transaction is None:
+            return {}
+        return {
+            self._names[connection.engine]: connection
+            for connection, *_ in set(transaction._connections.values())
+            if connection.engine in self._names
+        }
 
     def _commit_on(self, connections: Mapping[str, Connection]) -> None:
         """Commit shards that have all been written on; for `ShardedTransaction`."""
@@ -169,6 +192,7 @@ class ShardedSession(Session):
         """Let others have the rows' turns; for `ShardedTransaction` at its end."""
         self._written_shards.clear()
         self._began_at = None
+        self._settings.clear()
         self._scattered.clear()
         while self._turns:
             self._turns.pop().release()
@@ -274,6 +298,8 @@ class ShardedSession(Session):
                 return run_here(made, given, **{**how, **final})
 
             return self._run_split(statement, where, options, run_final)
+        if analysis is not None and analysis.sets:
+            return self._run_setting(run, statement, params)
         if len(shards) == 1:
             return self._run_routed(run, shards[0], analysis)
         scalar = how.pop("_scalar_result", False)
@@ -460,6 +486,8 @@ def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
         iter(rows),
         _source_supports_scalars=first._source_supports_scalars,
     )
+    # Loaders ask it whether rows repeat.
+    whole.context = getattr(first, "context", None)
     whole._attributes = first._attributes
     whole._unique_filter_state = first._unique_filter_state
     return whole
@@ -524,6 +552,8 @@ class _RouteLast:
             given = params if shard is None else _with_own(params, where, shard)
             return invoke(shard, Part(state.statement, given))
 
+        if analysis is not None and analysis.sets:
+            return session._run_setting(run, state.statement, params)
         if len(shards) > 1:
             own = state.statement._execution_options
             return session._run_on_all(run, shards, analysis, {**own, **options})

@@ -49,6 +49,7 @@ class _Routed(SessionTransaction):
     """A transaction whose flushes send each row of a secondary table to its shard."""
 
     session: ShardedSession
+    _settings_before: int = 0
 
     def connection(self, bindkey: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the connection for *bindkey*; in a flush what stands for several."""
@@ -72,7 +73,14 @@ class _Routed(SessionTransaction):
             if nested
             else SessionTransactionOrigin.SUBTRANSACTION
         )
-        return _Routed(self.session, origin, self)
+        made = _Routed(self.session, origin, self)
+        made._settings_before = len(self.session._settings)
+        return made
+
+    def _restore_snapshot(self, dirty_only: bool = False) -> None:
+        if self.nested:
+            self.session._settings.back_to(self._settings_before)
+        super()._restore_snapshot(dirty_only)
 
 
 class ShardedTransaction(_Routed):

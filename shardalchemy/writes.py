@@ -31,6 +31,11 @@ from shardalchemy.routing import (
 )
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind, placement_of
+from shardalchemy.selected import (
+    inserts_elsewhere,
+    selected_rows,
+    stays_on_its_shard,
+)
 from shardalchemy.synchronize import one_synchronizes
 
 if TYPE_CHECKING:
@@ -142,6 +147,13 @@ def _planned(
         check_not_a_copy(statement)
         return _Write({named: whole}, None)
     topology = session._topology()
+    if isinstance(statement, Insert) and inserts_elsewhere(statement):
+        if stays_on_its_shard(session, statement):
+            return _each_its_own(session, statement, params)
+        selected = selected_rows(session, statement, params)
+        if selected.params is None:
+            return _Write({shard_at_hand(session, topology): Part(*selected)}, None)
+        return _planned(session, *selected, options)
     analysis, extracted = session._cluster._analyser.analyse(statement)
     if analysis.kind is Kind.HOME:
         return _Write({None: whole}, analysis)
@@ -188,6 +200,18 @@ def _planned(
     if len(parts) > 1 and analysis.scatter_problem is not None:
         raise not_on_several(analysis.scatter_problem, parts)
     return _Write(parts, analysis, pinned)
+
+
+def _each_its_own(session: ShardedSession, statement: Any, params: Any) -> _Write:
+    """Return an INSERT … SELECT of rows that stay on the shards they are read from."""
+    analysis, extracted = session._cluster._analyser.analyse(statement.select)
+    if extracted is None or any(p.callable is not None for p in extracted):
+        session._autoflush()
+    slots = slots_of(statement.select, analysis, extracted or (), params)
+    topology = session._topology()
+    shards = owners_of(topology, slots) or (shard_at_hand(session, topology),)
+    parts: dict[str | None, Part] = dict.fromkeys(shards, Part(statement, params))
+    return _Write(parts, replace(analysis, writes=True), slots is not None)
 
 
 def _on_copies(

@@ -44,9 +44,15 @@ class Topology:
     addresses: Mapping[str, ShardAddress]
     ring: Ring
     owners: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    owning: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """The shards that own slots, in the order of `shards`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "owners", self.ring.owners)
+        some = set(self.ring.owners)
+        object.__setattr__(
+            self, "owning", tuple(s for s in self.addresses if s in some)
+        )
 
     @property
     def shards(self) -> tuple[str, ...]:

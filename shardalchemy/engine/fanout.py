@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import select
 import time
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -42,6 +43,7 @@ EVENTS = {
     int(Wait.RW): select.POLLIN | select.POLLOUT,
 }
 _READY_TO_READ = select.POLLIN | select.POLLHUP | select.POLLERR
+_AT_ONCE = 16
 _TICK = 0.5  # seconds between looks at a Ctrl-C
 
 
@@ -49,6 +51,13 @@ def ready_state(events: int) -> int:
     """Return what poll() says of a socket as psycopg's ``Ready`` has it."""
     ready = 1 if events & _READY_TO_READ else 0
     return ready | (2 if events & select.POLLOUT else 0)
+
+
+def _is_writable(descriptor: int) -> bool:
+    """Return whether a socket takes bytes now and has none to be read first."""
+    poll = select.poll()
+    poll.register(descriptor, EVENTS[int(Wait.RW)])
+    return poll.poll(0) == [(descriptor, select.POLLOUT)]
 
 
 def fanout(
@@ -163,7 +172,9 @@ class _Hub:
             driver.wait = self._waiter(shard, driver)
         try:
             for shard in self._connections:
-                greenlet(self._attempt, self._hub).switch(shard)
+                attempt = greenlet(self._attempt, self._hub)
+                attempt.gr_context = copy_context()  # a greenlet starts with none
+                attempt.switch(shard)
                 if self._must_cancel:
                     break
             self._wait_for_all()
@@ -191,13 +202,23 @@ class _Hub:
         """Return what stands in for ``Connection.wait`` during the fan-out."""
 
         def wait(gen: Any, *args: object, **kwargs: object) -> Any:
+            room = 0  # messages that may be sent before asking whether more fit
             try:
-                wanted = next(gen)
+                wanted = int(next(gen))
                 while True:
                     descriptor = driver.pgconn.socket
-                    self._poll.register(descriptor, EVENTS[int(wanted)])
+                    if wanted & Wait.W:
+                        # Many rows are a message each. Going on while there is room
+                        # gives one server all of them before the others' turns.
+                        if not room and _is_writable(descriptor):
+                            room = _AT_ONCE
+                        if room:
+                            room -= 1
+                            wanted = int(gen.send(int(Wait.W)))
+                            continue
+                    self._poll.register(descriptor, EVENTS[wanted])
                     self._waiting[descriptor] = (getcurrent(), shard)
-                    wanted = gen.send(self._hub.switch())
+                    wanted = int(gen.send(self._hub.switch()))
             except StopIteration as stop:
                 return stop.value
 
@@ -216,6 +237,7 @@ class _Hub:
                 late = now - self._cancelled_at > CANCEL_TIMEOUT
                 self._close_waiting(all_of_them=late)
                 if now >= self._cancel_again_at:
+                    # One that reached a server before its statement had no effect.
                     self._cancel()
 
     def _tick(self) -> float:

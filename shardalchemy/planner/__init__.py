@@ -8,7 +8,9 @@ values of its parameters are read for each execution. In the order a statement t
 2. `pins` finds what restricts each sharded element to slots: ``=`` and ``IN`` on a
    column that pins, and equality with an element that is itself restricted.
 3. `rowwise` says whether a SELECT is a plain one, whose rows may be concatenated.
-4. `analysis` joins these to an `Analysis`; `plan` resolves one, with parameter values
+4. `written` says whether a write may run shard by shard: what becomes of a row must
+   depend on rows of its own shard.
+5. `analysis` joins these to an `Analysis`; `plan` resolves one, with parameter values
    and a topology, to a `Plan`.
 
 Plain SQL that names a sharded or reference table goes another way to the same end:

@@ -10,11 +10,12 @@ them together. Anything else has a ``scatter_problem``, and a SELECT is split in
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Delete, Insert, Update
+from sqlalchemy import Delete, Insert, TextClause, Update
 from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement
@@ -33,7 +34,12 @@ from shardalchemy.planner.names import Guard, Named, named, whole_text
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.planner.slots import Arguments
 from shardalchemy.planner.splitting import split
-from shardalchemy.planner.written import unlike_copies, unlike_rows, unlike_shards
+from shardalchemy.planner.written import (
+    rows_stay,
+    unlike_copies,
+    unlike_rows,
+    unlike_shards,
+)
 from shardalchemy.schema import Kind, Pin, placement_of
 
 if TYPE_CHECKING:
@@ -68,7 +74,8 @@ class Analysis:
     then tells how else. ``at_home`` says that it reads home tables as well.
     ``locks_copies`` says that it locks rows of reference tables, which all sessions
     have to do on one shard. ``lists`` are lists of keys of which a shard needs no
-    others than its own, each with the parameter's name in the SQL.
+    others than its own, each with the parameter's name in the SQL. ``sets`` says that
+    it changes a setting of the transaction.
     """
 
     kind: Kind
@@ -81,6 +88,7 @@ class Analysis:
     locks_copies: bool = False
     pieces: Pieces | None = None
     lists: tuple[tuple[str, Value], ...] = ()
+    sets: bool = False
 
     def needed_slots(
         self, extracted: Sequence[Any], given: Mapping[str, Any]
@@ -200,6 +208,14 @@ class Analyser:
         placements = [placement_of(table) for table in named(statement).tables]
         return [p.pin for p in placements if p.pin is not None]
 
+    def stays(self, select: Any, column: Any, pin: Pin) -> bool:
+        """Return whether rows of *select* may be inserted on the shards they are on.
+
+        *column* of it is the shard key, hashed as *pin* says, of the table they go to.
+        """
+        layout = Layout(self._noted(select, None), self._functions)
+        return rows_stay(layout, named(select), column, pin.family)
+
     def _analyse(self, statement: Any, key: CacheKey | None) -> Analysis:
         if getattr(statement, "_is_lambda_element", False):
             statement = statement._resolved
@@ -227,6 +243,8 @@ class Analyser:
         inner = statement.element if isinstance(statement, FromStatement) else statement
         selects = isinstance(inner, Select | CompoundSelect)
         if not kinds - {Kind.HOME}:
+            if _makes_settings(statement, found):
+                return Analysis(Kind.HOME, sets=True)
             is_orm = "compile_state_plugin" in statement._propagate_attrs
             if not (selects and is_orm):
                 return Analysis(Kind.HOME)
@@ -355,6 +373,19 @@ class Analyser:
         )
 
 
+_SETS = re.compile(r"\s*(SET|RESET)\s", re.IGNORECASE)
+
+
+def _makes_settings(statement: Any, found: Named) -> bool:
+    """Return whether a statement changes a setting of the transaction."""
+    if isinstance(statement, TextClause):
+        return _SETS.match(statement.text) is not None
+    return any(
+        isinstance(part, FunctionElement) and getattr(part, "name", "") == "set_config"
+        for part in found.parts
+    )
+
+
 def _own_lists(
     noted: Noted, slots: Iterable[SlotSet | None]
 ) -> tuple[tuple[str, Value], ...]:
@@ -378,7 +409,9 @@ def _check_elements(elements: Sequence[Element]) -> None:
             if inside.kinds - {Kind.HOME}:
                 raise UnsupportedQueryError(
                     f"a {type(element.clause).__name__} of {inside.of_kind(*Kind)} in"
-                    " FROM is not supported over several shards."
+                    " FROM is not supported over several shards. Select from the table"
+                    " itself, or send the statement to one shard with"
+                    " execution_options(shard='…')."
                 )
 
 

@@ -27,7 +27,7 @@ from sqlalchemy.types import NullType
 from shardalchemy.errors import UnsupportedQueryError
 from shardalchemy.planner.functions import TRANSACTION_TIMES
 from shardalchemy.planner.scopes import Noting, noting, parameter_names
-from shardalchemy.planner.split import ColumnType, Rows
+from shardalchemy.planner.split import ColumnType, Rows, TypeNamed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ def array_name(piece: Piece, index: int) -> str:
     return f"shardalchemy_{piece.name}_{index}"
 
 
-def probe(piece: Piece, split: Split, dialect: Dialect, key: CacheKey | None) -> Any:
+def probe(piece: Piece, split: Split, dialect: Dialect) -> Any:
     """Return what asks a shard for the types of a piece's columns, compiled.
 
     One row: each column's type and the collation of its text. No table is read.
@@ -76,7 +76,7 @@ def probe(piece: Piece, split: Split, dialect: Dialect, key: CacheKey | None) ->
     ]
     # PostgreSQL sees that the join finds nothing, and does not run the query.
     statement = select(*asked).select_from(one.outerjoin(source, ~true()))
-    return _compiled(statement, split, dialect, key)
+    return _compiled(statement, split, dialect)
 
 
 # As types without a length these would cut their values to one character, or bit.
@@ -108,10 +108,9 @@ def told_types(piece: Piece, row: Sequence[Any]) -> list[ColumnType]:
 
 def fetch(
     piece: Piece,
-    types: Sequence[ColumnType],
+    types: Mapping[str, Sequence[ColumnType]],
     split: Split,
     dialect: Dialect,
-    key: CacheKey | None,
 ) -> tuple[Any, dict[int, str]]:
     """Return what fetches a piece's rows from one shard, compiled.
 
@@ -120,6 +119,15 @@ def fetch(
     are rendered once.
     """
     bounded = piece.select
+    for need in piece.needs:
+        type_ = types[need.source.name][need.index]
+        if not type_.is_array:
+            values = BindParameter(
+                array_name(need.source, need.index), None, NullType()
+            )
+            some: Any = Function("ANY", cast(values, TypeNamed(f"{type_.name}[]")))
+            bounded = bounded._generate()
+            bounded._where_criteria += (need.column == some,)
     if bounded._limit_clause is None and bounded._fetch_clause is None:
         bounded = bounded._generate()
         bounded._limit_clause = BindParameter(MOST_ROWS, None, Integer())
@@ -131,22 +139,19 @@ def fetch(
             ),
             Text,
         )
-        for c, type_ in zip(source.c, types, strict=True)
+        for c, type_ in zip(source.c, types[piece.name], strict=True)
     ]
     counted = select(func.count(), *arrays).select_from(source)
-    compiled = _compiled(counted, split, dialect, key)
-    names = {} if key is None else parameter_names(compiled, key)
+    compiled = _compiled(counted, split, dialect)
+    names = {} if split.key is None else parameter_names(compiled, split.key)
     return compiled, {i: some[0] for i, some in names.items() if len(some) == 1}
 
 
 def final(
-    statement: Any,
-    types: Mapping[str, Sequence[ColumnType]],
-    split: Split,
-    dialect: Dialect,
-    key: CacheKey | None,
+    types: Mapping[str, Sequence[ColumnType]], split: Split, dialect: Dialect
 ) -> Any:
     """Return the statement over the pieces' rows, compiled."""
+    statement, key = split.statement, split.key
     if split.whole is None:
         return _Final.of(dialect, statement, key, split, types)
     whole = _Final.of(dialect, split.whole(types), key, split, types)
@@ -166,10 +171,8 @@ def final(
     return whole
 
 
-def _compiled(
-    statement: Any, split: Split, dialect: Dialect, key: CacheKey | None
-) -> Any:
-    return _Worker.of(dialect, statement, key, split.noted.orm_criteria)
+def _compiled(statement: Any, split: Split, dialect: Dialect) -> Any:
+    return _Worker.of(dialect, statement, split.key, split.noted.orm_criteria)
 
 
 class _Worker(Noting):
@@ -265,7 +268,7 @@ class _Final(_Worker):
         if piece is not None:
             name = piece.names.get((hash(column.table), column.name))
             if name is not None:
-                return f"{piece.rows.name}.{name}"
+                return f"{piece.rows.name}.{self.preparer.quote(name)}"
         schema = getattr(column.table, "schema", None)
         if schema and self._is_replaced(column.table):
             # What stands for the table has its name, but is in no schema.

@@ -27,6 +27,7 @@ from sqlalchemy.sql.selectable import (
     SelectStatementGrouping,
 )
 
+from shardalchemy.planner.clauses import distinct_on
 from shardalchemy.planner.functions import TRANSACTION_TIMES
 from shardalchemy.planner.pins import Resolver, equal_is_same_slot, restrictions
 from shardalchemy.planner.rowwise import is_limited, why_not_rows, why_not_whole
@@ -116,7 +117,7 @@ class Layout:
     def why_not_rows(self, scope: Scope) -> str | None:
         """Return what keeps each row of *scope* from coming from one shard."""
         return why_not_rows(
-            scope.select, self.functions, lambda e: self.is_key(e, scope)
+            scope.select, scope.columns, self.functions, lambda e: self.is_key(e, scope)
         )
 
     def why_not_whole(self, scope: Scope, *, ordered: bool = False) -> str | None:
@@ -126,6 +127,7 @@ class Layout:
         """
         return why_not_whole(
             scope.select,
+            scope.columns,
             self.functions,
             lambda e: self.is_key(e, scope),
             ordered=ordered,
@@ -317,7 +319,7 @@ def upper_clauses(scope: Scope) -> list[Any]:
     select = scope.select
     return [
         *scope.columns,
-        *getattr(select, "_distinct_on", ()),
+        *distinct_on(select),
         *getattr(select, "_group_by_clauses", ()),
         *getattr(select, "_having_criteria", ()),
         *getattr(select, "_order_by_clauses", ()),

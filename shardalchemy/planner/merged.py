@@ -19,6 +19,7 @@ from sqlalchemy.sql.elements import (
     _textual_label_reference,
 )
 
+from shardalchemy.planner.clauses import distinct_on
 from shardalchemy.planner.replaced import (
     Lookup,
     named_output,
@@ -81,10 +82,8 @@ def merged(
         if place is None:
             return None
         order.append((place, term[1]))
-    distinct_on = [
-        column_for(without_orm(c)) for c in getattr(original, "_distinct_on", ())
-    ]
-    if None in distinct_on or (original._distinct and not distinct_on and extra):
+    apart = [column_for(without_orm(c)) for c in distinct_on(original)]
+    if None in apart or (original._distinct and not apart and extra):
         return None
     columns = [c.label(f"c{i}") for i, c in enumerate(bare)]
     columns += [c.label(f"s{i}") for i, c in enumerate(extra)]
@@ -95,10 +94,10 @@ def merged(
         "_having_criteria": original._having_criteria,
         "_for_update_arg": original._for_update_arg,
     }
-    if distinct_on:
-        clauses["_distinct_on"] = original._distinct_on
+    if apart:
+        clauses["_distinct_on"] = distinct_on(original)
     by_name = {c.name: c for c in columns}
-    if limits or distinct_on:
+    if limits or apart:
         clauses["_order_by_clauses"] = tuple(
             _modified(by_name[place].element, how) for place, how in order
         )
@@ -113,10 +112,8 @@ def merged(
             for i, label in enumerate(names)
         ]
         final: Any = select(*outer).select_from(rows)
-        if distinct_on:
-            final = final.distinct(*(rows.c[d] for d in distinct_on if d))
-        elif original._distinct:
-            final = final.distinct()
+        final._distinct = bool(original._distinct)
+        final._distinct_on = tuple(rows.c[d] for d in apart if d)
         final = final.order_by(*(_modified(rows.c[p], how) for p, how in order))
         final._limit_clause = original._limit_clause
         final._offset_clause = original._offset_clause

@@ -24,9 +24,9 @@ from sqlalchemy.sql.elements import (
     literal_column,
 )
 from sqlalchemy.sql.functions import Function, FunctionElement
-from sqlalchemy.types import UserDefinedType
 
 from shardalchemy.errors import UnsupportedQueryError
+from shardalchemy.planner.clauses import distinct_on, has_extension
 from shardalchemy.planner.layout import upper_clauses
 from shardalchemy.planner.replaced import (
     Lookup,
@@ -35,7 +35,7 @@ from shardalchemy.planner.replaced import (
     sub_selects,
     without_orm,
 )
-from shardalchemy.planner.split import Piece, Rows, worker
+from shardalchemy.planner.split import Piece, Rows, TypeNamed, worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -76,9 +76,9 @@ def combined(
 
     by = resolved(original._group_by_clauses)
     having = resolved(original._having_criteria)
-    distinct_on = resolved(getattr(original, "_distinct_on", ()))
+    apart = resolved(distinct_on(original))
     order = resolved(original._order_by_clauses)
-    clauses = [*outputs, *by, *having, *distinct_on, *order]
+    clauses = [*outputs, *by, *having, *apart, *order]
     if (
         original._for_update_arg is not None
         or sub_selects(clauses)
@@ -87,6 +87,7 @@ def combined(
         or original._hints
         or original._statement_hints
         or original._independent_ctes
+        or has_extension(original)
         or any(_is_textual(c) for c in clauses)
     ):
         return None
@@ -127,10 +128,8 @@ def combined(
             )
         ).select_from(rows)
         final = final.group_by(*map(write, by)).having(*map(write, having))
-        if distinct_on:
-            final = final.distinct(*map(write, distinct_on))
-        elif original._distinct:
-            final = final.distinct()
+        final._distinct = bool(original._distinct)
+        final._distinct_on = tuple(map(write, apart))
         final = final.order_by(*map(write, order))
         final._limit_clause = original._limit_clause
         final._offset_clause = original._offset_clause
@@ -141,20 +140,11 @@ def combined(
     return piece, combine
 
 
+_SETS = frozenset({"rollup", "cube", "grouping_sets"})
+
+
 class _NotInTwoSteps(Exception):
     """An expression cannot be combined from partial results."""
-
-
-class _TypeNamed(UserDefinedType[Any]):
-    """A type as PostgreSQL names it."""
-
-    cache_ok = True
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get_col_spec(self, **_: Any) -> str:
-        return self.name
 
 
 class _Parts:
@@ -222,7 +212,7 @@ class _Parts:
             return func.coalesce(total, literal_column("0", BigInteger()))
         own_type = types[str(names[0])]
         if kind == "sum":
-            return cast(func.sum(parts[0]), _TypeNamed(own_type))
+            return cast(func.sum(parts[0]), TypeNamed(own_type))
         if kind == "avg":
             count = func.nullif(
                 cast(func.sum(parts[1]), BigInteger), literal_column("0")
@@ -362,12 +352,8 @@ def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] 
     known = Lookup()
 
     def add(clause: Any) -> None:
-        name = getattr(clause, "name", "")
-        is_sets = isinstance(clause, FunctionElement) and name.lower() in (
-            "rollup",
-            "cube",
-            "grouping_sets",
-        )
+        name = str(getattr(clause, "name", ""))
+        is_sets = isinstance(clause, FunctionElement) and name.lower() in _SETS
         if is_sets or clause.__visit_name__ in ("clauselist", "tuple", "grouping"):
             for child in clause.get_children():
                 add(child)
@@ -379,7 +365,7 @@ def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] 
         add(clause)
     if any(_is_aggregate(g, functions) for g in found):
         return None
-    for column in functional_keys(scope, found):
+    for column in functional_keys(scope, by):
         if known.find(column) is None:
             known.add(column, "known")
             found.append(column)
@@ -387,9 +373,16 @@ def _groups(scope: Scope, by: Sequence[Any], functions: Functions) -> list[Any] 
 
 
 def functional_keys(scope: Scope, groups: Sequence[Any]) -> list[Any]:
-    """Return the columns that a GROUP BY of a table's primary key brings with it."""
+    """Return the columns that a GROUP BY of a table's primary key brings with it.
+
+    None where it has grouping sets: in some of them the key is not among the groups.
+    """
     found: list[Any] = []
-    by = {(hash(c.table), c.key) for c in columns_in(groups)}
+    by = {
+        (hash(c.table), c.key) for c in groups if getattr(c, "table", None) is not None
+    }
+    if len(groups) > len(by) and any(map(_has_sets, groups)):
+        return []
     for element in scope.elements:
         table = element.table
         if table is None or not table.primary_key.columns:
@@ -400,8 +393,16 @@ def functional_keys(scope: Scope, groups: Sequence[Any]) -> list[Any]:
                 (hash(c.table), c.key): c
                 for c in columns_in(map(without_orm, upper_clauses(scope)))
             }
-            found += [c for (source, _), c in used.items() if source == own]
+            found += [c for key, c in used.items() if key[0] == own and key not in by]
     return found
+
+
+def _has_sets(clause: Any) -> bool:
+    return any(
+        isinstance(part, FunctionElement)
+        and str(getattr(part, "name", "")).lower() in _SETS
+        for part in visitors.iterate(clause)
+    )
 
 
 def is_dedupable(scope: Scope, functions: Functions) -> bool:

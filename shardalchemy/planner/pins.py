@@ -136,6 +136,7 @@ class Resolver:
                     and self._references[id(element.subquery)] == 1
                     and why_not_whole(
                         inner.select,
+                        inner.columns,
                         self._functions,
                         partial(self._is_same, found, inner),
                     )

@@ -25,7 +25,6 @@ from sqlalchemy import (
     Null,
     ScalarSelect,
     Select,
-    TableClause,
     True_,
     Tuple,
     TypeClause,
@@ -46,10 +45,11 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import Exists, FromClause, SelectStatementGrouping
 
+from shardalchemy.planner.clauses import distinct_on, has_extension
 from shardalchemy.planner.functions import is_custom
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from shardalchemy.planner.functions import Functions
 
@@ -81,9 +81,15 @@ _SCALAR_CLASSES = (
 
 
 def why_not_rows(
-    select: Any, functions: Functions, is_key: Callable[[Any], bool]
+    select: Any,
+    columns: Sequence[Any],
+    functions: Functions,
+    is_key: Callable[[Any], bool],
 ) -> str | None:
-    """Return the first clause whose rows need more than one shard, or None."""
+    """Return the first clause whose rows need more than one shard, or None.
+
+    *columns* are those of the result.
+    """
     if not isinstance(select, Select):
         return "a set operation"
     by_key = any(is_key(clause) for clause in select._group_by_clauses)
@@ -92,21 +98,24 @@ def why_not_rows(
         ("HAVING", bool(select._having_criteria) and not by_key),
         ("a prefix or suffix", bool(select._prefixes or select._suffixes)),
         ("a hint", bool(select._hints or select._statement_hints)),
+        ("a syntax extension", has_extension(select)),
         ("a CTE", bool(select._independent_ctes)),
     ):
         if present:
             return clause
     expressions = _Expressions(functions, is_key, grouped=by_key)
-    for column in select._raw_columns:
-        if not isinstance(column, TableClause):
-            reason = expressions.why_not(column)
-            if reason is not None:
-                return reason
+    for column in columns:
+        if getattr(column, "is_literal", False):
+            return "a textual column"
+        reason = expressions.why_not(column)
+        if reason is not None:
+            return reason
     return None
 
 
 def why_not_whole(
     select: Any,
+    columns: Sequence[Any],
     functions: Functions,
     is_key: Callable[[Any], bool],
     *,
@@ -116,13 +125,13 @@ def why_not_whole(
 
     *ordered* says that the order of the rows matters to whoever reads them.
     """
-    reason = why_not_rows(select, functions, is_key)
+    reason = why_not_rows(select, columns, functions, is_key)
     if reason is not None:
         return reason
-    distinct_on = getattr(select, "_distinct_on", ())
-    apart = any(map(is_key, distinct_on or select._raw_columns))
+    on = distinct_on(select)
+    apart = any(map(is_key, on or columns))
     for clause, present in (
-        ("DISTINCT ON", bool(distinct_on) and not apart),
+        ("DISTINCT ON", bool(on) and not apart),
         ("DISTINCT", bool(select._distinct) and not apart),
         ("LIMIT", select._limit_clause is not None),
         ("FETCH", select._fetch_clause is not None),
@@ -140,7 +149,7 @@ def is_limited(select: Any) -> bool:
         select._limit_clause is not None
         or select._fetch_clause is not None
         or select._offset_clause is not None
-        or bool(getattr(select, "_distinct_on", ()))
+        or bool(distinct_on(select))
     )
 
 

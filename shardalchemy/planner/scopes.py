@@ -33,6 +33,8 @@ from sqlalchemy.sql.elements import (
     TextClause,
 )
 
+from shardalchemy.planner.clauses import has_extension
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -248,7 +250,7 @@ class Noting(SQLCompiler):
 
 
 def _has_hints(select: Any) -> bool:
-    return bool(select._hints or select._statement_hints)
+    return bool(select._hints or select._statement_hints) or has_extension(select)
 
 
 def _add_where(scope: Scope, criteria: Any) -> None:
@@ -357,10 +359,15 @@ def parameter_names(compiled: Any, cache_key: CacheKey) -> dict[int, tuple[str, 
     As many as it is rendered times.
     """
     known = compiled.bind_names
-    return {
-        index: tuple(known[one] for one in rendered if one in known)
-        for index, rendered in parameters_in(compiled, cache_key).items()
-    }
+    found = {}
+    for index, rendered in parameters_in(compiled, cache_key).items():
+        names = dict.fromkeys(known[one] for one in rendered if one in known)
+        found[index] = tuple(
+            name
+            for name in names
+            for _ in re.findall(rf"(POSTCOMPILE_|%\(){name}\b", compiled.string)
+        )
+    return found
 
 
 def parameters_in(
@@ -371,7 +378,8 @@ def parameters_in(
         return {}
     matches = compiled._cache_key_bind_match[0]
     return {
-        index: list(rendered)
+        # The first is the parameter of the key itself, rendered or not.
+        index: list(matches[parameter][1:])
         for index, parameter in enumerate(cache_key.bindparams)
-        if (rendered := matches.get(parameter))
+        if parameter in matches
     }

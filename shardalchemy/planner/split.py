@@ -11,16 +11,29 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Select, TableClause, column
+from sqlalchemy.types import UserDefinedType
 from sqlalchemy.util import EMPTY_DICT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from sqlalchemy.sql.cache_key import CacheKey
+
     from shardalchemy.planner.plan import PlanKind
     from shardalchemy.planner.scopes import Noted
     from shardalchemy.planner.slots import SlotSet
 
-__all__ = ["ColumnType", "Final", "FromPiece", "Piece", "Rows", "Split", "worker"]
+__all__ = [
+    "ColumnType",
+    "Final",
+    "FromPiece",
+    "Need",
+    "Piece",
+    "Rows",
+    "Split",
+    "TypeNamed",
+    "worker",
+]
 
 
 class Rows(TableClause):
@@ -52,11 +65,35 @@ class ColumnType:
         return self.name.endswith("[]") or self.name in ("oidvector", "int2vector")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Need:
+    """``column`` must be among the values of the ``index``-th column of ``source``."""
+
+    column: Any
+    source: Piece
+    index: int
+
+
+class TypeNamed(UserDefinedType[Any]):
+    """A type as PostgreSQL names it."""
+
+    cache_ok = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Return its name."""
+        return self.name
+
+
 @dataclass(slots=True, eq=False)
 class Piece:
     """One SELECT for the shards that own any of ``slots``; None stands for all.
 
-    ``columns`` are the names of what it selects, ``title`` says what that is.
+    ``columns`` are the names of what it selects, ``title`` says what that is. Of its
+    rows only those are fetched that ``needs`` allow, after the pieces they come from:
+    ``level`` counts the fetches before.
     """
 
     name: str
@@ -64,6 +101,8 @@ class Piece:
     columns: tuple[str, ...]
     slots: SlotSet | None
     title: str
+    needs: list[Need] = field(default_factory=list)
+    level: int = 0
 
     @property
     def sql(self) -> str:
@@ -105,6 +144,9 @@ class Final:
 class Split:
     """The pieces of a statement, and the final one over them.
 
+    It is made from one ``statement``, with the cache ``key`` by which others equal to
+    it find their own parameters in what is compiled here.
+
     ``whole`` makes the final SELECT of a statement that is replaced as a whole, from
     the types of the pieces' columns. ``at_home`` says that the final one reads tables
     of the home shard, ``tells_time`` that the time of the transaction is asked for.
@@ -113,6 +155,8 @@ class Split:
     """
 
     kind: PlanKind
+    statement: Any
+    key: CacheKey | None
     noted: Noted
     pieces: list[Piece] = field(default_factory=list)
     final: Final = field(default_factory=Final)

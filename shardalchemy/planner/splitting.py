@@ -19,11 +19,21 @@ from sqlalchemy import literal_column
 from sqlalchemy.sql.selectable import TableSample
 
 from shardalchemy.errors import UnsupportedQueryError
+from shardalchemy.planner.clauses import has_extension
 from shardalchemy.planner.layout import expressions_of, upper_clauses
 from shardalchemy.planner.merged import merged
 from shardalchemy.planner.partial import combined, functional_keys, is_dedupable
 from shardalchemy.planner.plan import PlanKind
 from shardalchemy.planner.replaced import columns_in, sub_selects, without_orm
+from shardalchemy.planner.rowwise import is_limited
+from shardalchemy.planner.semijoins import (
+    LIMITED,
+    NARROWED,
+    PINNED,
+    WHOLE,
+    Fetched,
+    add_needs,
+)
 from shardalchemy.planner.split import FromPiece, Piece, Rows, Split, worker
 from shardalchemy.schema import Kind, placement_of
 
@@ -54,8 +64,10 @@ class _Splitting:
         self._functions = layout.functions
         self._found = found
         self._problem = problem
-        self._split = Split(PlanKind.GATHER, layout.noted)
+        key = statement._generate_cache_key()
+        self._split = Split(PlanKind.GATHER, statement, key, layout.noted)
         self._has_text = any(text != "*" for text in found.texts)
+        self._fetched: list[Fetched] = []
         self._used: dict[int, set[str]] = {}
         for scope in layout.noted.scopes:
             for source, name in scope.used:
@@ -82,8 +94,9 @@ class _Splitting:
                 or select._suffixes
                 or select._hints
                 or select._statement_hints
+                or has_extension(select)
             ):
-                self._refuse("a prefix, suffix or hint may be any SQL")
+                self._refuse("a prefix, suffix, hint or extension may be any SQL")
         reason = self._functions.why_not_once(
             [
                 *self._found.parts,
@@ -94,6 +107,7 @@ class _Splitting:
             self._refuse(f"{reason} may read tables by itself")
         for root in roots:
             self._gather(root)
+        add_needs(self._fetched)
         made.steps = f"{self._problem} over the rows of all shards"
         made.at_home = any(
             e.table is not None and placement_of(e.table).kind is Kind.HOME
@@ -151,6 +165,7 @@ class _Splitting:
                     self._split.pieces.append(piece)
                     inside = len(layout.subtree(scope)) - 1
                     self._split.final.selects[scope.index] = (inside, select)
+                    self._note_nested(piece, scope, names)
                     return
             if self._from(scope):
                 return
@@ -167,6 +182,17 @@ class _Splitting:
                 self._split.final.grouped[scope.index] = grouped
         for child in layout.children(scope):
             self._gather(child)
+
+    def _note_nested(
+        self, piece: Piece, scope: Scope, names: Sequence[str | None]
+    ) -> None:
+        """Note what stands for a subquery in the FROM of the scope around it."""
+        holder = self._layout.holder(scope)
+        if holder is None or scope.parent is None or piece.title != "finished rows":
+            return
+        size = LIMITED if is_limited(scope.select) else WHOLE
+        places = {str(name): index for index, name in enumerate(names)}
+        self._fetched.append(Fetched(piece, scope.parent, holder, places, size, False))
 
     def _names(self, scope: Scope) -> Sequence[str | None] | None:
         """Return the names by which a nested scope's columns are known outside."""
@@ -197,7 +223,9 @@ class _Splitting:
         for used in columns_in(map(without_orm, upper)):
             key = (hash(used.table), used.name)
             if key not in names:
-                names[key] = f"c{len(columns)}"
+                # The name of a column may be that of the result's, in a set operation.
+                taken = used.name in names.values()
+                names[key] = f"{used.name}_{len(columns)}" if taken else used.name
                 columns.append(used.label(names[key]))
         if not columns:
             columns.append(literal_column("1").label("c0"))
@@ -242,6 +270,9 @@ class _Splitting:
             f"rows of {element.table}",
         )
         self._split.pieces.append(piece)
+        size = PINNED if piece.slots is not None else NARROWED if where else WHOLE
+        places = {name: index for index, name in enumerate(piece.columns)}
+        self._fetched.append(Fetched(piece, scope, element, places, size, True))
         return piece
 
     def _own_conditions(self, scope: Scope, element: Element) -> list[Any]:

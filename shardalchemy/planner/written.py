@@ -17,6 +17,7 @@ from sqlalchemy import Date as SqlDate
 from sqlalchemy import DateTime, String, Time
 from sqlalchemy.sql.functions import FunctionElement
 
+from shardalchemy.planner.clauses import distinct_on
 from shardalchemy.planner.functions import SCALARS, is_custom
 from shardalchemy.planner.names import named
 
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy.types import TypeEngine
 
+    from shardalchemy.planner.layout import Layout
     from shardalchemy.planner.names import Named
     from shardalchemy.planner.pins import Restriction
-    from shardalchemy.planner.scopes import Scope
+    from shardalchemy.planner.scopes import Element, Scope
 
 __all__ = [
     "STABLE",
+    "rows_stay",
     "stable_functions",
     "unlike_copies",
     "unlike_rows",
@@ -86,21 +89,51 @@ def unlike_shards(
     if problem is not None:
         return problem
     target = scopes[0].elements[0]
-    together = {r.group for r in restricted if r.element is target}
-    grown = True
-    while grown:
-        attached = {r.group for r in restricted if r.attached_to & together}
-        grown = not attached <= together
-        together |= attached
-    apart = sorted(
-        {str(r.element.table) for r in restricted if r.group not in together}
-    )
+    apart = _apart_from(target, restricted)
     if apart:
         return (
             f"an UPDATE or DELETE of {target.table} that reads {' and '.join(apart)},"
             " not by equal shard keys,"
         )
     return None
+
+
+def rows_stay(layout: Layout, found: Named, column: Any, family: str) -> bool:
+    """Return whether each row of a SELECT has the key of a row of its own shard.
+
+    Then the rows may be inserted where they are read, *column* of the SELECT being the
+    shard key of the table they go to; *family* is that of the key's pin.
+    """
+    scopes = layout.noted.scopes
+    top = scopes[0]
+    place = layout.resolver.place(column, top)
+    if (
+        place is None
+        or place.blankable
+        or not place.filters_inside
+        or place.pin.family != family
+        or top.compound
+        or layout.why_not_whole(top, ordered=True) is not None
+        or layout.why_not_local(top) is not None
+    ):
+        return False
+    problem = (
+        _unlike_calls(found.parts, found.texts, SCALARS | _AGGREGATES)
+        or _unlike_clauses(None, scopes)
+        or _picked_from_copies(scopes, layout.found)
+    )
+    return problem is None and not _apart_from(place.element, layout.found)
+
+
+def _apart_from(target: Element, restricted: list[Restriction]) -> list[str]:
+    """Return the tables whose rows are not tied to *target*'s by equal keys."""
+    together = {r.group for r in restricted if r.element is target}
+    grown = True
+    while grown:
+        attached = {r.group for r in restricted if r.attached_to & together}
+        grown = not attached <= together
+        together |= attached
+    return sorted({str(r.element.table) for r in restricted if r.group not in together})
 
 
 def unlike_copies(found: Named, *, one_row: bool) -> str | None:
@@ -175,7 +208,7 @@ def _picked_from_copies(
             getattr(select, "_limit_clause", None) is not None
             or getattr(select, "_offset_clause", None) is not None
             or getattr(select, "_fetch_clause", None) is not None
-            or bool(getattr(select, "_distinct_on", ()))
+            or bool(distinct_on(select))
         )
         if picks and id(scope) not in sharded:
             return "a LIMIT in a subquery"

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-__all__ = ["Choices"]
+__all__ = ["Choices", "Replay"]
 
 
 @functools.cache
@@ -21,10 +21,12 @@ class Choices:
 
     def __init__(self, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
         self._draw = draw
+        self.made: list[int] = []
 
     def below(self, n: int) -> int:
         """Return an int from 0 to n - 1."""
-        return 0 if n < 2 else int(self._draw(_below(n)))
+        self.made.append(0 if n < 2 else int(self._draw(_below(n))))
+        return self.made[-1]
 
     def chance(self, percent: int) -> bool:
         """Return True in so many of a hundred."""
@@ -50,3 +52,13 @@ class Choices:
                 return option
             left -= weight
         raise AssertionError("unreachable")
+
+
+class Replay(Choices):
+    """The choices that were made before, once more."""
+
+    def __init__(self, made: Sequence[int]) -> None:
+        self._left = iter(made)
+
+    def below(self, n: int) -> int:
+        return next(self._left)

@@ -75,19 +75,19 @@ class Expressions(Sources):
         match column.family:
             case "int" | "wide" | "big":
                 return c.pick(
-                    x == c.below(6),
-                    x > 1,
-                    x.in_([1, 2, 5]),
-                    x.not_in([1, None]),
-                    x.between(0, 3),
-                    x.is_distinct_from(2),
+                    x == c.below(6) + self.shift,
+                    x > 1 + self.shift,
+                    x.in_(self.shifted([1, 2, 5, 3])[:3]),
+                    x.not_in([1 + self.shift, None]),
+                    x.between(0 - self.shift, 3 + self.shift),
+                    x.is_distinct_from(2 + self.shift),
                     x <= 3.5,
                 )
             case "text":
-                word = c.one(WORDS)
+                word = c.one(self.shifted(WORDS))
                 return c.pick(
                     x == word,
-                    x.in_(WORDS[:4]),
+                    x.in_(self.shifted(WORDS)[:4]),
                     x < "b",
                     x.like("%a%"),
                     x.ilike("A%"),
@@ -257,7 +257,7 @@ class Expressions(Sources):
             case "int":
                 return c.pick(
                     Column(func.coalesce(x, 0), "int"),
-                    Column(x + 1, "int"),
+                    Column(x + (1 + self.shift), "int"),
                     Column(x * 2.5, "numeric"),
                     Column(x / 2.0, "numeric"),
                     Column(func.nullif(x, 2), "int"),
@@ -283,7 +283,7 @@ class Expressions(Sources):
                 return c.pick(
                     Column(func.round(x, 1), "numeric"),
                     Column(x * 2, "numeric"),
-                    Column(cast(x, Integer).is_(None), "bool"),
+                    Column(func.floor(x).is_(None), "bool"),
                     Column(x / 3, "numeric"),
                     text,
                 )

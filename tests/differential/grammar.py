@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from hypothesis import strategies as st
 
-from tests.differential.choices import Choices
+from tests.differential.choices import Choices, Replay
 from tests.differential.data import Rows
 from tests.differential.loading import Loading
 from tests.differential.twins import Case
@@ -54,7 +54,11 @@ def cases(rows: Rows) -> st.SearchStrategy[Case]:
             warnings.simplefilter("ignore")
             make = choices.weighted(SHAPES)
             try:
+                first = len(choices.made)
                 case: Case = make(Loading(choices, rows))
+                made = choices.made[first:]
+                if choices.chance(30):
+                    case.again = make(Loading(Replay(made), rows, shift=1))
             except sa.exc.SQLAlchemyError as error:
                 return not_made(error)
         return case

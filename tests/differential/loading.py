@@ -112,7 +112,7 @@ class Loading(Selects):
         """any(), has(), exists() and contains_eager()."""
         c = self.c
         Account, Purchase, Item, Region = m.Account, m.Purchase, m.Item, m.Region
-        n = c.below(4)
+        n = c.below(4) + self.shift
         cls, criterion = c.pick(
             (Account, Account.purchases.any()),
             (Account, ~Account.purchases.any()),
@@ -267,7 +267,11 @@ class Loading(Selects):
         found = Joined(select(source.element), [source])
         all_rows = self.where(found)
         counting = select(func.count()).select_from(all_rows.subquery())
-        page = all_rows.order_by(*self.order(found)).limit(3).offset(c.pick(0, 3, 6))
+        page = (
+            all_rows.order_by(*self.order(found))
+            .limit(3)
+            .offset(c.pick(0, 3, 6) + self.shift)
+        )
         page = page.options(*self.options(source.element, source.entity or m.Account))
 
         def work(session: Any) -> Any:

@@ -51,6 +51,7 @@ class Search:
     def chunk(self, seed: int, count: int) -> None:
         profile = _ORDER[seed % len(_ORDER)]
         self.twins.fill(profile, seed)
+        self.twins.forget()  # or the chunk alone might not fail again
         seen: dict[str, Any] = {"counting": True}
         shrink = len(self.failures) < _MOST_SHRUNK
 
@@ -96,15 +97,19 @@ class Search:
 
 def described(case: Case) -> str:
     """Return a case's statements as SQL for psql."""
+    statements = [s for s in (case.statement, *case.others) if s is not None]
+    if case.again is not None and case.again.statement is not None:
+        statements.append(case.again.statement)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return "\n".join([f"-- {case.shape}", *map(_as_sql, statements)])
+
+
+def _as_sql(statement: Any) -> str:
     dialect = postgresql.dialect()
-    found = []
-    for statement in filter(None.__ne__, [case.statement, *case.others]):
-        try:
-            compiled = statement.compile(
-                dialect=dialect, compile_kwargs={"literal_binds": True}
-            )
-            found.append(f"{compiled};")
-        except Exception:
-            compiled = statement.compile(dialect=dialect)
-            found.append(f"{compiled};\n-- {compiled.params}")
-    return f"-- {case.shape}\n" + "\n".join(found)
+    try:
+        literal = {"literal_binds": True}
+        return f"{statement.compile(dialect=dialect, compile_kwargs=literal)};"
+    except Exception:  # some types have no literals; their values are listed then
+        compiled = statement.compile(dialect=dialect)
+        return f"{compiled};\n-- {compiled.params}"

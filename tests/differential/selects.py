@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy as sa
@@ -44,10 +45,10 @@ class Selects(Expressions):
         """Return the statement with LIMIT, OFFSET or FETCH, or none of them."""
         c = self.c
         if c.chance(50):
-            n = c.pick(3, 1, 5, 10, 0, 1000)
+            n = c.pick(3, 1, 5, 10, 0, 1000) + self.shift
             statement = statement.fetch(n) if c.chance(10) else statement.limit(n)
         if c.chance(25):
-            statement = statement.offset(c.pick(1, 2, 20))
+            statement = statement.offset(c.pick(1, 2, 20) + self.shift)
         return statement
 
     def labelled(self, columns: list[Column]) -> tuple[list[Any], frozenset[int]]:
@@ -108,7 +109,7 @@ class Selects(Expressions):
     # -- aggregates --------------------------------------------------------------------
 
     def aggregate(self, found: Joined, depth: int = 0) -> tuple[Any, str]:
-        """Return an aggregate and how it is compared: "", "loose" or "approximate"."""
+        """Return an aggregate and a note: "loose", "approximate", "unordered" or ""."""
         c = self.c
         columns = found.columns()
         v = c.one(found.sources).v
@@ -189,7 +190,7 @@ class Selects(Expressions):
                 )
                 aggregate = c.pick(func.json_agg, func.jsonb_agg)
                 made = aggregate(aggregate_order_by(value, *total))
-                note = ""
+                note = "unordered"
             case "percentile":
                 x = one("int", "float", "numeric")
                 made = c.pick(
@@ -214,21 +215,24 @@ class Selects(Expressions):
             made = made.filter(self.on_column(c.one(columns)))
         return made, note
 
-    def aggregates(self, found: Joined, first: int) -> tuple[list[Any], Case]:
-        """Return labelled aggregates, and a Case that says how they are compared."""
+    def aggregates(
+        self, found: Joined, first: int
+    ) -> tuple[list[Any], Case, Collection[str]]:
+        """Return labelled aggregates, how they are compared, and notes of them."""
         made = [self.aggregate(found) for _ in range(self.c.pick(1, 2, 3))]
         labels = [x.label(f"a{i}") for i, (x, _) in enumerate(made)]
         notes = {i + first: note for i, (_, note) in enumerate(made)}
-        return labels, Case(
+        made_case = Case(
             None,
             loose=frozenset(i for i, n in notes.items() if n == "loose"),
             approximate=frozenset(i for i, n in notes.items() if n == "approximate"),
         )
+        return labels, made_case, set(notes.values())
 
     def totals(self) -> Case:
         """Aggregates over all rows."""
         found = self.joined(2)
-        labels, made = self.aggregates(found, 0)
+        labels, made, _ = self.aggregates(found, 0)
         statement = self.where(found).add_columns(*labels)
         if self.c.chance(10):
             statement = statement.having(func.count() > self.c.pick(0, 3))
@@ -249,7 +253,7 @@ class Selects(Expressions):
             if by[0].family in _UNGROUPED:
                 by = [Column(found.sources[0].v, "int")]
         labels, loose = self.labelled(by)
-        aggregates, made = self.aggregates(found, len(by))
+        aggregates, made, notes = self.aggregates(found, len(by))
         statement = self.where(found).add_columns(*labels, *aggregates)
         if c.chance(15):
             # A constant in GROUP BY would be a position.
@@ -274,7 +278,7 @@ class Selects(Expressions):
             )
             if terms and (made.loose or made.approximate):
                 terms = []
-            if terms and not self._sortable(aggregates[0]):
+            if terms and "unordered" in notes:
                 terms = [func.count().desc()]
             statement = statement.order_by(*terms, *labels)
             made.order = "total"
@@ -282,10 +286,6 @@ class Selects(Expressions):
                 statement = self.window_of(statement)
         made.statement = statement
         return made
-
-    @staticmethod
-    def _sortable(label: Any) -> bool:
-        return not isinstance(label.element.type, sa.JSON)
 
     def grouping_sets(self) -> Case:
         found = self.joined(2)
@@ -301,7 +301,7 @@ class Selects(Expressions):
         named = [v.label("c0")]
         if len(sets.clauses) > 1:
             named.append(other.expr.label("c1"))
-        labels, made = self.aggregates(found, len(named))
+        labels, made, _ = self.aggregates(found, len(named))
         made.statement = statement.add_columns(*named, *labels).group_by(sets)
         made.shape = "grouping sets"
         return made
@@ -370,21 +370,22 @@ class Selects(Expressions):
 
     # -- sets --------------------------------------------------------------------------
 
-    def arm(self, depth: int) -> Any:
+    def arm(self, depth: int, named: bool) -> Any:
         if depth and self.c.chance(25):
-            return self._set(depth - 1)
+            return self._set(depth - 1, named)
         found = self.joined(2, 10)
         source = found.sources[-1]
         text = source.of("text")
-        statement = self.where(found, 0).add_columns(
-            source.v.label("c0"),
-            (self.c.one(text).expr if text else literal("x", String)).label("c1"),
+        word = self.c.one(text).expr if text else literal("x", String)
+        columns = (
+            [source.v.label("c0"), word.label("c1")] if named else [source.v, word]
         )
+        statement = self.where(found, 0).add_columns(*columns)
         if self.c.chance(10):
             statement = statement.order_by(*found.unique).limit(3)
         return statement
 
-    def _set(self, depth: int) -> Any:
+    def _set(self, depth: int, named: bool) -> Any:
         how = self.c.weighted(
             [
                 (4, sa.union_all),
@@ -395,11 +396,14 @@ class Selects(Expressions):
                 (1, sa.except_all),
             ]
         )
-        return how(*(self.arm(depth) for _ in range(self.c.pick(2, 2, 3))))
+        return how(*(self.arm(depth, named) for _ in range(self.c.pick(2, 2, 3))))
 
     def sets(self) -> Case:
         c = self.c
-        made = self._set(1)
+        named = c.chance(75)
+        made = self._set(1, named)
+        if not named:  # then the columns are called as those of the first SELECT
+            return Case(made.order_by("v"), "set operations", (0,))
         if c.chance(20):
             inner = made.subquery()
             return Case(

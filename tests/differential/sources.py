@@ -193,12 +193,21 @@ class Joined:
 
 
 class Sources:
-    """Makes FROM elements and what pins them."""
+    """Makes FROM elements and what pins them.
 
-    def __init__(self, choices: Choices, rows: Rows) -> None:
+    With *shift*, the same choices make a statement of the same shape and other values.
+    """
+
+    def __init__(self, choices: Choices, rows: Rows, shift: int = 0) -> None:
         self.c = choices
-        self.locators = [r["id"] for r in rows.get(m.Purchase.__table__, ())][:12]
-        self.locators.append(uuid.UUID(int=7 << 76 | 2 << 62))
+        self.shift = shift
+        locators = [r["id"] for r in rows.get(m.Purchase.__table__, ())][:12]
+        locators.append(uuid.UUID(int=7 << 76 | 2 << 62))
+        self.locators = self.shifted(locators)
+        self.keys = self.shifted(KEYS)
+
+    def shifted(self, values: Sequence[Any]) -> list[Any]:
+        return [*values[self.shift :], *values[: self.shift]]
 
     # -- elements ----------------------------------------------------------------------
 
@@ -251,8 +260,10 @@ class Sources:
 
     def _top(self, statement: Any, inner: Source) -> Any:
         order = [*self.c.some([inner.v.desc(), inner.v], 0, 1), *inner.unique]
-        statement = statement.order_by(*order).limit(self.c.pick(3, 1, 10, 0))
-        return statement.offset(2) if self.c.chance(25) else statement
+        statement = statement.order_by(*order).limit(
+            self.c.pick(3, 1, 10, 0) + self.shift
+        )
+        return statement.offset(2 + self.shift) if self.c.chance(25) else statement
 
     def _grouped(self, inner: Source, k: Any) -> Any:
         value = self.c.pick(func.count(), func.sum(inner.v), func.max(inner.v))
@@ -358,14 +369,15 @@ class Sources:
             m.Device: [1, 2, 3, 99],
             m.Region: ["de", "fr", "zz"],
         }.get(source.entity, [1, 2, 3])  # type: ignore[call-overload]
+        values = self.shifted(values)
         if c.chance(50):
             return source.key == c.one(values)
         return source.key.in_(c.some(values, 0, 3))
 
     def _account_pin(self, key: Any) -> Any:
         c = self.c
-        one = c.one(KEYS)
-        some = c.some(KEYS, 1, 4)
+        one = c.one(self.keys)
+        some = c.some(self.keys, 1, 4)
         return c.weighted(
             [
                 (12, lambda: key == one),
@@ -374,7 +386,7 @@ class Sources:
                 (1, lambda: key.not_in(some)),
                 (1, lambda: literal(one, BigInteger) == key),
                 (1, lambda: key == bindparam(None, one)),
-                (1, lambda: key.in_(bindparam(None, some, expanding=True))),
+                (1, lambda: key.in_(bindparam(None, some, key.type, expanding=True))),
                 (1, lambda: key.in_(sa.literal_column(str(n)) for n in some)),
                 (2, lambda: or_(key == one, key == some[0])),
                 (1, lambda: or_(key == one, key.is_(None))),
@@ -401,5 +413,8 @@ class Sources:
         if source.account is not None and self.c.chance(30):
             return self._account_pin(source.account)
         return self.c.pick(
-            source.v == 1, source.v > 2, source.v.in_([1, 2, 3]), source.v.is_(None)
+            source.v == 1 + self.shift,
+            source.v > 2 - self.shift,
+            source.v.in_(self.shifted([1, 2, 3, 4])[:3]),
+            source.v.is_(None),
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import decimal
+import itertools
 import math
 import random
 import re
@@ -67,6 +68,7 @@ class Case:
     the number of rows are determined. ``loose`` columns may be any of equal values,
     as 1.0 and 1.00 in a group; ``approximate`` ones may differ in the last bits.
     ``work`` is what to do if it is not one statement; ``others`` are its further ones.
+    ``again`` has the same shape and other values, and so is planned already.
     """
 
     statement: Any
@@ -80,6 +82,7 @@ class Case:
     approximate: frozenset[int] = frozenset()
     work: Callable[[Any], Any] | None = None
     others: list[Any] = field(default_factory=list)
+    again: Case | None = None
 
     def run(self, session: Any) -> Any:
         """Return the names of the columns, and the rows as comparable values."""
@@ -182,7 +185,14 @@ def _rounded(value: Any) -> Any:
 
 
 def _difference(got: Any, expected: Any) -> str:
-    return f"\n      got {got!r:.1500}\n expected {expected!r:.1500}"
+    """Say where two answers part; for rows, at the first that differs."""
+    where = ""
+    if isinstance(got, list) and isinstance(expected, list):
+        pairs = enumerate(itertools.zip_longest(got, expected, fillvalue="no row"))
+        row, (got_row, expected_row) = next((n, p) for n, p in pairs if p[0] != p[1])
+        where = f" {len(got)} rows, expected {len(expected)}; the first other is {row}:"
+        got, expected = got_row, expected_row
+    return f"{where}\n      got {got!r:.1200}\n expected {expected!r:.1200}"
 
 
 @dataclass(frozen=True)
@@ -288,7 +298,8 @@ class Twins:
             self.shards = {
                 n: create_engine(url, pool_size=1) for n, url in urls.items()
             }
-            self.cluster = Cluster(urls, redis=servers.redis_url, **options)
+            self._cluster = lambda: Cluster(urls, redis=servers.redis_url, **options)
+            self.cluster = self._cluster()
             metadata.create_all(self.engine)
             self.cluster.create_all(metadata)
         except BaseException:
@@ -316,6 +327,12 @@ class Twins:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def forget(self) -> None:
+        """Let the cluster be as of a new process, with nothing planned yet."""
+        self.cluster.close()
+        self.cluster = self._cluster()
+        self.sharded = self.cluster.sessionmaker()
 
     # -- rows ------------------------------------------------------------------------
 
@@ -358,17 +375,17 @@ class Twins:
     def judge(self, case: Case) -> Outcome:
         """Run a case on both sides and say what came of it."""
         try:
-            expected = self._run(self.plain, case)
+            expected = self.run(self.plain, case)
         except Failed as failed:
             try:
-                got = self._run(self.sharded, case)
+                got = self.run(self.sharded, case)
             except (Failed, Refused):
                 return Outcome("error on both", str(failed))
             return Outcome(
                 "WRONG", f"plain fails: {failed}\n but cluster gives {got!r}"
             )
         try:
-            got = self._run(self.sharded, case)
+            got = self.run(self.sharded, case)
         except Refused as refused:
             return Outcome("refused", str(refused))
         except Failed as failed:
@@ -376,9 +393,13 @@ class Twins:
         difference = compare(case, got, expected)
         if difference is not None:
             return Outcome("WRONG", difference)
+        if case.again is not None:
+            second = self.judge(case.again)
+            if second.word == "WRONG":
+                return Outcome("WRONG", f"with other values: {second.detail}")
         return Outcome("equal", self.kind_of(case))
 
-    def _run(self, maker: Any, case: Case) -> Any:
+    def run(self, maker: Any, case: Case) -> Any:
         with maker() as session:
             try:
                 return case.run(session)
@@ -452,6 +473,9 @@ class Mirror(Twins):
             connection.exec_driver_sql("SET session_replication_role = replica")
             _replace(connection, self.metadata.sorted_tables, shuffled)
             connection.exec_driver_sql("SET session_replication_role = origin")
+
+    def forget(self) -> None:
+        """Do nothing: nothing is planned."""
 
     def kind_of(self, case: Case) -> str:
         return "mirrored"

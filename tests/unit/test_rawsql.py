@@ -103,7 +103,7 @@ GUARDED = [
 
 
 def analyser() -> Analyser:
-    made = Analyser()
+    made = Analyser(dict)
     made.guard(GUARDED)
     made.see(METADATA.tables.values())
     return made
@@ -562,7 +562,7 @@ def test_a_qualified_name() -> None:
 
 
 def test_a_table_without_a_declaration_in_this_process() -> None:
-    bare = Analyser()
+    bare = Analyser(dict)
     bare.guard(GUARDED)
     statement = text("SELECT * FROM orders WHERE customer_id = 5")
     with pytest.raises(UnsupportedQueryError, match="no declaration"):
@@ -606,7 +606,7 @@ def test_the_parser_is_imported_for_a_sharded_table_only() -> None:
 import sys
 from sqlalchemy import text
 from shardalchemy.planner import Analyser
-analyser = Analyser()
+analyser = Analyser(dict)
 analyser.guard(["public.orders"])
 analyser.analyse(text("SELECT * FROM notes"))
 print("sqlglot" in sys.modules)

@@ -58,12 +58,12 @@ def cart(session: Session, customer_id: UUID) -> list[CartLine]:
     quantities = {
         item.product_id: item.quantity for item in items(session, customer_id)
     }
-    # Products live on other servers than the cart: no join, and sorted here.
-    products = session.scalars(select(Product).where(Product.id.in_(quantities)))
-    return [
-        CartLine(product, quantities[product.id])
-        for product in sorted(products, key=lambda p: (p.name, p.id))
-    ]
+    products = session.scalars(
+        select(Product)
+        .where(Product.id.in_(quantities))
+        .order_by(Product.name, Product.id)
+    )
+    return [CartLine(product, quantities[product.id]) for product in products]
 
 
 def items(session: Session, customer_id: UUID) -> Sequence[CartItem]:

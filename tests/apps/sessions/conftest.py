@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
+import psycopg
 import pytest
 from sessions_models import Base
 from sessions_servers import Servers
-from sqlalchemy import make_url
+from sqlalchemy import create_engine, insert, make_url, select
 from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session as PlainSession
 from sqlalchemy.orm import sessionmaker
 
 from shardalchemy import AsyncShardedSession, Cluster, ShardedSession
@@ -65,3 +67,36 @@ async def async_session_factory(
     """Sessions of a cluster that ends with the test's event loop."""
     async with Cluster(dict(office.urls)) as made:
         yield made.async_sessionmaker()
+
+
+@pytest.fixture(scope="session")
+def one_server(shard_servers: LocalCluster) -> Iterator[sessionmaker[PlainSession]]:
+    """Plain sessions on one database of one server, for the same tables."""
+    url = make_url(next(iter(shard_servers.urls.values())))
+    plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(plain, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE office_on_one")
+    engine = create_engine(url.set(database="office_on_one"))
+    Base.metadata.create_all(engine)
+    yield sessionmaker(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def on_one_server(
+    Session: sessionmaker[ShardedSession], one_server: sessionmaker[PlainSession]
+) -> Callable[[], sessionmaker[PlainSession]]:
+    """Copies the rows of all shards to one server; returns sessions there."""
+
+    def copied() -> sessionmaker[PlainSession]:
+        with Session() as reading, one_server.begin() as writing:
+            for table in reversed(Base.metadata.sorted_tables):
+                writing.execute(table.delete())
+            for table in Base.metadata.sorted_tables:
+                given = [c for c in table.c if c.computed is None]
+                rows = reading.execute(select(*given)).mappings().all()
+                if rows:
+                    writing.execute(insert(table), [dict(row) for row in rows])
+        return one_server
+
+    return copied

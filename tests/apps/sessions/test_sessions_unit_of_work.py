@@ -417,15 +417,18 @@ def test_a_changed_shard_key_is_refused(
     assert (customer.id, order.customer_id) == (here, here)
 
 
-def test_a_changed_shard_key_is_refused_even_when_the_shard_is_the_same(
-    session: ShardedSession, cluster: Cluster
+def test_a_changed_shard_key_moves_the_row(
+    session: ShardedSession, cluster: Cluster, servers: Servers
 ) -> None:
-    one, two = keys_on_each_shard(cluster, Reading, 2)[:2]
+    one, two = keys_on_each_shard(cluster, Reading)[:2]
     session.add(reading := Reading(sensor=one, number=1, value=1))
     session.commit()
     reading.sensor = two
-    with pytest.raises(ShardKeyError):
-        session.flush()
+    session.commit()
+    assert session.get(Reading, (two, 1)) is reading
+    assert session.get(Reading, (one, 1)) is None
+    shard = cluster.shard_for(Reading, two)
+    assert servers.rows("SELECT sensor FROM reading") == {shard: [two]}
 
 
 def test_a_shard_key_changed_while_expired_is_refused(

@@ -19,7 +19,7 @@ from sqlalchemy import Select, create_engine, insert, inspect, make_url, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from shardalchemy import Cluster, UnsupportedQueryError
+from shardalchemy import Cluster
 from shardalchemy.local import LocalCluster
 from shop import queries, services
 from shop.api import create_app
@@ -29,9 +29,6 @@ from shop.explain import explained, statements
 from shop.history import generate_orders, load_orders
 from shop.models import Base, Order
 from shop.queries.products import ProductOrder
-
-# To go when ORDER BY, LIMIT and aggregates over several shards are answered.
-NOT_YET = pytest.mark.xfail(raises=UnsupportedQueryError, strict=False)
 
 NOW = datetime.now(UTC)
 SPRING = {"since": NOW - timedelta(days=120), "until": NOW - timedelta(days=40)}
@@ -136,14 +133,12 @@ QUERIES: dict[str, Select[Any]] = {
 }
 
 
-@NOT_YET
 @pytest.mark.parametrize("name", QUERIES)
 def test_a_report_over_four_servers_is_that_of_one(shops: Shops, name: str) -> None:
     rows = shops.compare(lambda s: list(services.rows(s, QUERIES[name])))
     assert rows
 
 
-@NOT_YET
 def test_a_report_of_nothing_is_that_of_one_server(shops: Shops) -> None:
     """No row, or the one row that an aggregate has of no rows."""
     ended = NOW - timedelta(days=3650)
@@ -172,7 +167,6 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
-@NOT_YET
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_is_paged_to_its_end(shops: Shops, name: str) -> None:
     query = queries.products.search(**SEARCHES[name])
@@ -220,7 +214,6 @@ def test_one_customers_history_goes_on_where_a_page_ended(shops: Shops) -> None:
     assert any(shops.compare(walk))
 
 
-@NOT_YET
 def test_the_latest_orders_come_with_their_customers_and_lines(shops: Shops) -> None:
     def walk(session: Any) -> list[list[Order]]:
         pages = [list(services.latest_orders(session, limit=60))]
@@ -235,7 +228,6 @@ def test_the_latest_orders_come_with_their_customers_and_lines(shops: Shops) -> 
     assert {"customer", "lines"} <= order.keys()
 
 
-@NOT_YET
 def test_the_latest_orders_at_once_are_as_many_as_asked_for(shops: Shops) -> None:
     """The limit counts orders, not the lines that are joined to them."""
     query = queries.orders.latest_at_once(limit=25)
@@ -249,7 +241,6 @@ def test_a_page_after_no_order_is_not_found(shops: Shops) -> None:
         services.latest_orders(session, before=shops.data.customers[0].id)
 
 
-@NOT_YET
 def test_a_report_has_what_its_own_transaction_wrote(shops: Shops) -> None:
     """Before anything is committed, and not after it was rolled back."""
     report = queries.sales.best_sellers(by="revenue", limit=5)
@@ -317,7 +308,6 @@ async def fronts(
         yield clients[0], clients[1]
 
 
-@NOT_YET
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_page_over_four_servers_is_that_of_one(
     fronts: tuple[httpx.AsyncClient, httpx.AsyncClient], path: str

@@ -211,7 +211,7 @@ def _each_its_own(session: ShardedSession, statement: Any, params: Any) -> _Writ
     topology = session._topology()
     shards = owners_of(topology, slots) or (shard_at_hand(session, topology),)
     parts: dict[str | None, Part] = dict.fromkeys(shards, Part(statement, params))
-    return _Write(parts, replace(analysis, writes=True))
+    return _Write(parts, replace(analysis, writes=True), slots is not None)
 
 
 def _on_copies(

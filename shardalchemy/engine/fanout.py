@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import select
 import time
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -171,7 +172,9 @@ class _Hub:
             driver.wait = self._waiter(shard, driver)
         try:
             for shard in self._connections:
-                greenlet(self._attempt, self._hub).switch(shard)
+                attempt = greenlet(self._attempt, self._hub)
+                attempt.gr_context = copy_context()  # a greenlet starts with none
+                attempt.switch(shard)
                 if self._must_cancel:
                     break
             self._wait_for_all()
@@ -235,6 +238,7 @@ class _Hub:
                 self._close_waiting(all_of_them=late)
                 # One that reaches a server before its statement does has no effect.
                 if now >= self._cancel_again_at:
+                    # One that reached a server before its statement had no effect.
                     self._cancel()
 
     def _tick(self) -> float:

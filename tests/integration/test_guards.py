@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import pickle
 import sys
 import time
@@ -27,7 +28,11 @@ from sqlalchemy.orm import selectinload, subqueryload
 
 from shardalchemy import Cluster, ConfigurationError, ScatterWarning
 from shardalchemy.engine.wire import driver_of
-from shardalchemy.errors import StatementTimeout, UnsupportedQueryError
+from shardalchemy.errors import (
+    StatementTimeout,
+    TransactionAborted,
+    UnsupportedQueryError,
+)
 from tests.conftest import Servers
 from tests.integration.test_planner_differential import (
     Both,
@@ -452,3 +457,111 @@ async def test_a_server_that_does_not_answer_is_given_up(
 
 
 # -- errors --------------------------------------------------------------------------
+
+# Each divides by zero for the row of one customer, and waits for a lock elsewhere.
+FAILING = {
+    "scatter": select(1 / (Customer.id - 1)),
+    "combine": select(func.sum(1 / (Customer.id - 1))),
+    "gather": select(Customer.name, Order.v)
+    .join(Order, Customer.v == Order.v)
+    .where(1 / (Customer.id - 1) < 2),
+    "update": update(Customer).values(v=1 / (Customer.id - 1)),
+}
+
+
+def check_failed(error: exc.DBAPIError, later: exc.DBAPIError, shard: str) -> None:
+    assert f"(on shard {shard})" in str(error)
+    assert isinstance(error.orig, psycopg.errors.DivisionByZero)
+    assert isinstance(later.orig, psycopg.errors.InFailedSqlTransaction)
+
+
+@pytest.mark.parametrize("listening", [False, True])
+@pytest.mark.parametrize("name", FAILING)
+def test_an_error_names_its_shard_and_ends_what_the_others_do(
+    make: Make, locked: Any, name: str, listening: bool
+) -> None:
+    cluster = make()
+    Session = cluster.sessionmaker()
+    if listening:
+        event.listen(Session, "do_orm_execute", lambda state: None)
+    shard = cluster.shard_for(Customer, 1)
+    others = [other for other in ALL if other != shard]
+    with Session() as session:
+        with pytest.raises(exc.DataError):
+            session.execute(FAILING[name])  # what asks for types would wait
+        session.rollback()
+        session.execute(insert(Tag).values(tag="new", v=77))
+        start = time.monotonic()
+        with locked("pd_customers", others):
+            nested = session.begin_nested()
+            with pytest.raises(exc.DataError) as caught:
+                session.execute(FAILING[name])
+            for statement in (select(Note), select(Tag), insert(Tag).values(tag="x")):
+                with pytest.raises(exc.InternalError) as later:
+                    session.execute(statement)
+                check_failed(caught.value, later.value, shard)
+            session.add(Note(id=99, body="b"))
+            with pytest.raises(exc.InternalError) as later:
+                session.flush()
+            check_failed(caught.value, later.value, shard)
+            nested.rollback()
+        assert time.monotonic() - start < 4
+        assert session.scalar(select(Tag.v).where(Tag.tag == "new")) == 77
+        assert len(session.scalars(select(Customer)).all()) > 4
+        session.execute(UNPINNED["update"])
+        session.rollback()
+        check_healthy(session)
+
+
+@pytest.mark.parametrize("name", FAILING)
+async def test_an_error_in_an_event_loop(make: Make, locked: Any, name: str) -> None:
+    async with make() as cluster, cluster.async_sessionmaker()() as session:
+        with pytest.raises(exc.DataError):
+            await session.execute(FAILING[name])  # what asks for types would wait
+        await session.rollback()
+        shard = cluster.shard_for(Customer, 1)
+        await session.execute(insert(Tag).values(tag="new", v=77))
+        start = time.monotonic()
+        with locked("pd_customers", [other for other in ALL if other != shard]):
+            nested = await session.begin_nested()
+            with pytest.raises(exc.DataError) as caught:
+                await session.execute(FAILING[name])
+            with pytest.raises(exc.InternalError) as later:
+                await session.execute(select(Tag))
+            check_failed(caught.value, later.value, shard)
+            await nested.rollback()
+        assert time.monotonic() - start < 4
+        assert await session.scalar(select(Tag.v).where(Tag.tag == "new")) == 77
+        await session.rollback()
+        await session.run_sync(check_healthy)
+
+
+def test_a_failed_transaction_commits_nowhere(make: Make) -> None:
+    cluster = make()
+    with cluster.sessionmaker()() as session:
+        session.execute(insert(Tag).values([{"tag": f"n{n}"} for n in range(9)]))
+        with pytest.raises(exc.DataError):
+            session.execute(FAILING["scatter"].where(Customer.id == 1))
+        with pytest.raises(exc.InternalError):
+            session.execute(select(Tag))
+        with pytest.raises(TransactionAborted):
+            session.commit()
+        session.rollback()
+        assert not session.scalars(select(Tag).where(Tag.tag.like("n%"))).all()
+
+
+def test_a_statement_sees_the_context_variables_of_its_caller(make: Make) -> None:
+    cluster = make()
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+    seen = []
+    with cluster.sessionmaker()() as session:
+        session.execute(select(Customer))
+        for shard in ALL:
+            event.listen(
+                cluster._shards.sync(shard),
+                "before_cursor_execute",
+                lambda *_: seen.append(variable.get(None)),
+            )
+        variable.set("value")
+        session.execute(select(Customer))
+    assert seen == ["value"] * 4

@@ -309,7 +309,7 @@ class ShardedSession(Session):
             return self._run_routed(run, shards[0], analysis)
         scalar = how.pop("_scalar_result", False)
         own = getattr(statement, "_execution_options", EMPTY_DICT)
-        result = self._run_on_all(run, shards, analysis, {**own, **options})
+        result = self._run_on_all(run, shards, {**own, **options})
         return result.scalar() if scalar else result
 
     def _execute_write(self, statement: Any, params: Any, how: dict[str, Any]) -> Any:
@@ -345,13 +345,8 @@ class ShardedSession(Session):
         self,
         run: Any,
         shards: Sequence[Any],
-        analysis: Analysis | None,
         options: Mapping[str, Any],
     ) -> Any:
-        if analysis is not None and analysis.writes:
-            # A reference table: home first, where writers of one row meet.
-            results = [self._run_routed(run, shard, analysis) for shard in shards]
-            return results[0]
         self._autoflush_for(options)
         load = options.get("_sa_orm_load_options")
         connections = {
@@ -564,7 +559,7 @@ class _RouteLast:
             return session._run_setting(run, state.statement, params)
         if len(shards) > 1:
             own = state.statement._execution_options
-            return session._run_on_all(run, shards, analysis, {**own, **options})
+            return session._run_on_all(run, shards, {**own, **options})
         if shards[0] is None and session._deadline is None:
             return None  # SQLAlchemy goes on as ever
         return session._run_routed(run, shards[0], analysis)

@@ -345,6 +345,7 @@ def with_functions(twins: Twins) -> Twins:
                 "CREATE OPERATOR <#> (LEFTARG=int, RIGHTARG=int, FUNCTION=pr_op)",
             ):
                 connection.exec_driver_sql(sql)
+    twins.forget()  # what a cluster has learnt of functions
     return twins
 
 

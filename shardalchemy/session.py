@@ -367,15 +367,14 @@ class ShardedSession(Session):
         self, statement: Any, where: Destination, options: Mapping[str, Any], run: Any
     ) -> Any:
         assert where.split is not None
-        self._autoflush_for(options)
         own_keys = where.own
         if getattr(statement, "_is_lambda_element", False):
             # Its parameters are counted otherwise than those of what it stands for.
             statement, own_keys = statement._resolved, {}
         own = getattr(statement, "_execution_options", EMPTY_DICT)
-        most_rows = {**own, **options}.get(
-            "gather_max_rows", self._cluster.gather_max_rows
-        )
+        options = {**own, **options}
+        self._autoflush_for(options)
+        most_rows = options.get("gather_max_rows", self._cluster.gather_max_rows)
         with self.no_autoflush:
             return assemble(
                 self,

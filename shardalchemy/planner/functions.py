@@ -42,9 +42,9 @@ SCALARS = frozenset(
     concat_ws date_bin date_part date_trunc extract floor format greatest grouping
     initcap json_build_array json_build_object jsonb_build_array jsonb_build_object
     jsonb_extract_path jsonb_extract_path_text jsonb_typeof least left length lower
-    lpad ltrim make_date make_interval md5 mod normalize nullif overlay plainto_tsquery
-    position power replace reverse right round row row_to_json rpad rtrim sign
-    some split_part sqrt strpos substr substring to_char to_date to_json to_jsonb
+    lpad ltrim make_date make_interval md5 mod normalize nullif overlay pg_sleep
+    plainto_tsquery position power replace reverse right round row row_to_json rpad
+    rtrim sign some split_part sqrt strpos substr substring to_char to_date to_json to_jsonb
     to_number to_timestamp to_tsquery to_tsvector translate trim trunc ts_rank unnest
     upper websearch_to_tsquery
     """.split()  # noqa: SIM905

@@ -71,6 +71,7 @@ def assemble(
     """
     from shardalchemy.planner import final as sql
 
+    split = split.for_one_execution()
     names = dict.fromkeys([final_shard, *(s for some in shards.values() for s in some)])
     connections = {
         shard: session._connection_for_bind(session._engines.of(shard))

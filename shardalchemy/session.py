@@ -374,6 +374,11 @@ class ShardedSession(Session):
         own = getattr(statement, "_execution_options", EMPTY_DICT)
         options = {**own, **options}
         self._autoflush_for(options)
+        if options.get("schema_translate_map"):
+            raise UnsupportedQueryError(
+                "a schema_translate_map is not applied to a statement that several"
+                " shards answer together. Use tables with the schema that is meant."
+            )
         most_rows = options.get("gather_max_rows", self._cluster.gather_max_rows)
         with self.no_autoflush:
             return assemble(

@@ -214,7 +214,7 @@ class _Worker(Noting):
 
     def visit_function(self, func: Any, *args: Any, **kw: Any) -> Any:
         name = getattr(func, "name", None)
-        if name and name.lower() in TRANSACTION_TIMES:
+        if name and name.lower() in TRANSACTION_TIMES and not len(list(func.clauses)):
             moment = BindParameter(TRANSACTION_TIME, None, NullType())
             text = f"CAST({self.process(moment)} AS TIMESTAMP WITH TIME ZONE)"
             return f"({text}{TRANSACTION_TIMES[name.lower()]})"

@@ -44,9 +44,9 @@ SCALARS = frozenset(
     jsonb_extract_path jsonb_extract_path_text jsonb_typeof least left length lower
     lpad ltrim make_date make_interval md5 mod normalize nullif overlay pg_sleep
     plainto_tsquery position power replace reverse right round row row_to_json rpad
-    rtrim sign some split_part sqrt strpos substr substring to_char to_date to_json to_jsonb
-    to_number to_timestamp to_tsquery to_tsvector translate trim trunc ts_rank unnest
-    upper websearch_to_tsquery
+    rtrim sign some split_part sqrt strpos substr substring to_char to_date to_json
+    to_jsonb to_number to_timestamp to_tsquery to_tsvector translate trim trunc
+    ts_rank unnest upper websearch_to_tsquery
     """.split()  # noqa: SIM905
 )
 AGGREGATES = frozenset(
@@ -78,9 +78,9 @@ _ODD_CALL = re.compile(r'"\s*\(')
 # The signs of PostgreSQL's own operators, all of which depend on their operands alone.
 _OPERATORS = frozenset(
     """
-    + - * / % ^ = <> != < <= > >= || | & # ~ << >> ~* !~ !~* ~~ ~~* !~~ !~~* ^@ @ @@ @@@
-    -> ->> #> #>> #- @> <@ ? ?| ?& @? && &< &> &<| |&> <<| |>> -|- <-> ## ?# ?- ?-| ?||
-    <^ >^ ~= |/ ||/ <% %> <<% %>> <<-> <->> LIKE ILIKE COLLATE
+    + - * / % ^ = <> != < <= > >= || | & # ~ << >> <<= >>= ~* !~ !~* ~~ ~~* !~~ !~~*
+    ^@ @ @@ @@@ -> ->> #> #>> #- @> <@ ? ?| ?& @? && &< &> &<| |&> <<| |>> -|- <-> ##
+    ?# ?- ?-| ?|| <^ >^ ~= |/ ||/ <% %> <<% %>> <<-> <->> LIKE ILIKE COLLATE
     """.split()  # noqa: SIM905
 )
 _TIME_WORD = re.compile(
@@ -128,6 +128,8 @@ class Functions:
         if packages and packages != ("pg_catalog",):
             return "unknown"
         name = getattr(element, "name", None)
+        if name and name.lower() in TRANSACTION_TIMES and len(list(element.clauses)):
+            return "volatile"  # with a precision: to be evaluated as it is written
         return self.of(name) if name else "unknown"
 
     def why_not_by_shard(self, parts: Iterable[Any]) -> str | None:

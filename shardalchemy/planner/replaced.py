@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Label, Select
+from sqlalchemy import BindParameter, Column, FromClause, Label, Select
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import ColumnClause
 from sqlalchemy.sql.selectable import CompoundSelect
-from sqlalchemy.sql.util import _deep_deannotate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,11 +18,23 @@ __all__ = ["Lookup", "columns_in", "named_output", "sub_selects", "without_orm"]
 
 
 def without_orm(expression: Any) -> Any:
-    """Return *expression* without what the ORM has noted on its parts.
+    """Return a copy of *expression* without what the ORM has noted on its parts.
 
-    One with a SELECT in it is left as it is: the ORM still has to see that.
+    One with a SELECT in it is left as it is: the ORM still has to see that. Parameters
+    are not copied, and neither are columns and tables.
     """
-    return expression if sub_selects([expression]) else _deep_deannotate(expression)
+    if sub_selects([expression]):
+        return expression
+
+    def bare(element: Any, **_: Any) -> Any:
+        if isinstance(element, BindParameter):
+            return element
+        plain = element._deannotate() if element._annotations else element
+        if isinstance(plain, ColumnClause | FromClause):
+            return plain
+        return None if plain is element else without_orm(plain)
+
+    return visitors.replacement_traverse(expression, {}, bare)
 
 
 def sub_selects(expressions: Iterable[Any]) -> bool:

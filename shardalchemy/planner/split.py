@@ -7,11 +7,11 @@ the original read its tables. `Split` holds both; `splitting` decides on the pie
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Select, TableClause, column
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.types import NullType, UserDefinedType
 from sqlalchemy.util import EMPTY_DICT
 
 if TYPE_CHECKING:
@@ -191,6 +191,19 @@ class Split:
     tells_time: bool = False
     types: Mapping[str, Sequence[ColumnType]] | None = None
     _compiled: dict[Any, Any] = field(default_factory=dict)
+
+    def for_one_execution(self) -> Split:
+        """Return what one execution may use, and the next one as well if it can.
+
+        A parameter without a type of its own has that of its value: what columns made
+        of it are is asked each time.
+        """
+        parameters = () if self.key is None else self.key.bindparams
+        if self.key is not None and not any(
+            isinstance(parameter.type, NullType) for parameter in parameters
+        ):
+            return self
+        return replace(self, types=None, _compiled={})
 
     def compiled(self, dialect: Any, name: str, make: Callable[[Any], Any]) -> Any:
         """Return what ``make(dialect)`` has compiled, remembered under *name*."""

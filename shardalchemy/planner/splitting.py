@@ -102,6 +102,15 @@ class _Splitting:
                 or has_extension(select)
             ):
                 self._refuse("a prefix, suffix or hint may be any SQL")
+            shown = scope.parent is None or scope.as_from
+            if shown and any(map(_is_star, scope.columns)):
+                self._refuse("its * may be any columns; name those that are wanted")
+            if any(
+                part.__visit_name__ == "table_valued_column"
+                for clause in expressions_of(scope)
+                for part in visitors.iterate(clause)
+            ):
+                self._refuse("a whole row has to come from its own table")
         reason = self._functions.why_not_once(
             [
                 *self._found.parts,
@@ -234,8 +243,11 @@ class _Splitting:
             key = (hash(used.table), used.name)
             if key not in names:
                 # The name of a column may be that of the result's, in a set operation.
-                taken = used.name in names.values()
-                names[key] = f"{used.name}_{len(columns)}" if taken else used.name
+                name, number = used.name, 0
+                while name in names.values():
+                    number += 1
+                    name = f"{used.name}_{number}"
+                names[key] = name
                 columns.append(used.label(names[key]))
         if not columns:
             columns.append(literal_column("1").label("c0"))
@@ -309,6 +321,14 @@ class _Splitting:
             ):
                 found.append(clause)
         return found
+
+
+def _is_star(column: Any) -> bool:
+    """Return whether a column of a result is a ``*`` in plain SQL."""
+    text = getattr(column, "text", None)
+    if text is None and getattr(column, "is_literal", False):
+        text = column.name
+    return isinstance(text, str) and text.rstrip().endswith("*")
 
 
 def _tables_in(scope: Scope) -> str:

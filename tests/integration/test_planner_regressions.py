@@ -126,7 +126,7 @@ ODD_ROWS: dict[Any, list[dict[str, Any]]] = {
     ],
     Here.__table__: [{"id": n, "v": n % 7} for n in range(1, 20)],
     Numbered.__table__: [{"v_2": n, "v": n % 3} for n in range(1, 9)],
-    There.__table__: [{"id": n, "v": n % 5 + 4} for n in range(1, 20)],
+    There.__table__: [{"id": n, "v": n % 5 + 4} for n in range(3, 30)],
 }
 
 

@@ -514,3 +514,31 @@ def test_one_time_of_the_transaction(twins: Twins) -> None:
 
     outcome = twins.judge(Case(None, work=work))
     assert outcome.word in ("equal", "refused"), outcome.detail
+
+
+# Once wrong: each shard numbered its own rows.
+@pytest.mark.parametrize(
+    "statement",
+    [
+        select(A.id).order_by(func.row_number().over(order_by=(A.v.desc(), A.id))),
+        select(A.id)
+        .order_by(func.row_number().over(order_by=(A.v.desc(), A.id)))
+        .limit(4),
+        select(A.id).order_by(func.count().over(partition_by=A.v).desc(), A.v, A.id),
+        select(A.id).order_by(
+            case((func.row_number().over(order_by=A.id) < 5, 0), else_=1), A.id.desc()
+        ),
+        select(P.account_id)
+        .group_by(P.account_id)
+        .order_by(func.rank().over(order_by=func.count().desc()), P.account_id),
+        select(sa.literal(1)).select_from(A).order_by(func.count()),
+        select(func.count()).select_from(
+            select(sa.literal(1).label("x"))
+            .select_from(A)
+            .order_by(func.count())
+            .subquery()
+        ),
+    ],
+)
+def test_an_order_by_what_is_not_selected(twins: Twins, statement: Any) -> None:
+    demand(twins, statement, ordered=True)

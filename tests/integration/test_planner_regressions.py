@@ -80,6 +80,24 @@ class Odd(OddBase):
     shown: Mapped[int | None] = mapped_column(Shown)
 
 
+class Lowered(sa.TypeDecorator[str]):
+    """A text that is read in lower case."""
+
+    impl = Text
+    cache_ok = True
+
+    def column_expression(self, column: Any) -> Any:
+        return func.lower(column, type_=Text())
+
+
+class Word(OddBase):
+    __tablename__ = "pr_words"
+    __table_args__ = {"info": sharded_by("id")}
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    word: Mapped[str] = mapped_column(Lowered)
+    doc: Mapped[Any | None] = mapped_column(sa.JSON)
+
+
 class Here(OddBase):
     __tablename__ = "pr_same"
     __table_args__ = {"schema": "pr_one", "info": sharded_by("id")}
@@ -126,7 +144,10 @@ ODD_ROWS: dict[Any, list[dict[str, Any]]] = {
     ],
     Here.__table__: [{"id": n, "v": n % 7} for n in range(1, 20)],
     Numbered.__table__: [{"v_2": n, "v": n % 3} for n in range(1, 9)],
-    There.__table__: [{"id": n, "v": n % 5 + 4} for n in range(1, 20)],
+    Word.__table__: [
+        {"id": n, "word": "aAbBcC"[n % 6], "doc": {"a": n % 4}} for n in range(1, 40)
+    ],
+    There.__table__: [{"id": n, "v": n % 5 + 4} for n in range(3, 30)],
 }
 
 
@@ -457,3 +478,69 @@ def test_names_like_those_that_are_made(odd: Twins) -> None:
     other = aliased(Numbered)
     joined = select(Numbered.v_2, Numbered.v, other.v, func.count().over())
     demand(odd, joined.join(other, other.v_2 == Numbered.v_2))
+
+
+# Once wrong: the name of a result's column was taken for the column, not for what its
+# type makes of it.
+def test_names_of_columns_with_a_column_expression(odd: Twins) -> None:
+    named = Word.word.label("named")
+    for statement in (
+        select(named).order_by("named"),
+        select(named).order_by(named),
+        select(named).order_by(text("1")),
+        select(named).order_by("named").fetch(3, with_ties=True),
+        select(named).distinct().order_by("named"),
+        select(named, func.count()).group_by(Word.word).order_by("named", func.count()),
+    ):
+        demand(odd, statement, ordered=True)
+    demand(odd, select(named, func.count()).group_by("named"))
+
+
+# Once an error: rows were made distinct by what cannot be compared.
+def test_distinct_rows_with_a_json_column(odd: Twins) -> None:
+    value = Word.doc["a"].as_string()
+    demand(odd, select(func.count(distinct(value))))
+    demand(odd, select(func.count(distinct(Word.id % 5)), func.max(value)))
+
+
+# Once wrong: each shard told when the transaction had come to it.
+def test_one_time_of_the_transaction(twins: Twins) -> None:
+    times: set[Any] = set()
+
+    def work(session: Any) -> Any:
+        times.clear()
+        for key in range(1, 10):
+            times.add(session.scalar(select(func.now()).where(A.id == key)))
+        times.add(session.scalar(select(func.now())))
+        return len(times - {None})
+
+    outcome = twins.judge(Case(None, work=work))
+    assert outcome.word in ("equal", "refused"), outcome.detail
+
+
+# Once wrong: each shard numbered its own rows.
+@pytest.mark.parametrize(
+    "statement",
+    [
+        select(A.id).order_by(func.row_number().over(order_by=(A.v.desc(), A.id))),
+        select(A.id)
+        .order_by(func.row_number().over(order_by=(A.v.desc(), A.id)))
+        .limit(4),
+        select(A.id).order_by(func.count().over(partition_by=A.v).desc(), A.v, A.id),
+        select(A.id).order_by(
+            case((func.row_number().over(order_by=A.id) < 5, 0), else_=1), A.id.desc()
+        ),
+        select(P.account_id)
+        .group_by(P.account_id)
+        .order_by(func.rank().over(order_by=func.count().desc()), P.account_id),
+        select(sa.literal(1)).select_from(A).order_by(func.count()),
+        select(func.count()).select_from(
+            select(sa.literal(1).label("x"))
+            .select_from(A)
+            .order_by(func.count())
+            .subquery()
+        ),
+    ],
+)
+def test_an_order_by_what_is_not_selected(twins: Twins, statement: Any) -> None:
+    demand(twins, statement, ordered=True)

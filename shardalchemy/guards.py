@@ -30,6 +30,7 @@ from shardalchemy.errors import (
     UnsupportedQueryError,
 )
 from shardalchemy.explain import explained
+from shardalchemy.routing import autoflush
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,7 +107,7 @@ def bounded(
     if seconds is not default:
         checked_timeout(seconds, "execution_options(timeout=…)")
     own = getattr(statement, "_execution_options", EMPTY_DICT)
-    session._autoflush_for({**own, **options})
+    autoflush(session, {**own, **options})
     return _Bounded(session, seconds)
 
 

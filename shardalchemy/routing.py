@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Destination",
+    "autoflush",
     "check_not_a_copy",
     "destination",
     "home_first",
@@ -66,6 +67,13 @@ class Destination(NamedTuple):
     pieces: Mapping[str, Sequence[str]] = EMPTY_DICT
     own: OwnKeys = EMPTY_DICT
     pinned: bool = True
+
+    def params_for(self, shard: str) -> Any:
+        """Return the statement's parameters, with no keys but those *shard* owns."""
+        if not self.own:
+            return self.params
+        own = {name: keys.get(shard, []) for name, keys in self.own.values()}
+        return {**(self.params or EMPTY_DICT), **own}
 
 
 def destination(
@@ -127,6 +135,13 @@ def destination(
         own = _own_keys(statement, analysis, extracted or (), params, topology)
         return Destination(shards, analysis, params, own=own, pinned=slots is not None)
     return Destination(shards, analysis, params, pinned=slots is not None)
+
+
+def autoflush(session: ShardedSession, options: Mapping[str, Any]) -> None:
+    """Flush as SQLAlchemy does before a SELECT with these options."""
+    load = options.get("_sa_orm_load_options")
+    if options.get("autoflush", True) and (load is None or load._autoflush):
+        session._autoflush()
 
 
 def not_on_several(problem: str, shards: Iterable[str | None]) -> UnsupportedQueryError:

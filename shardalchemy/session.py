@@ -15,14 +15,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Table, inspect
-from sqlalchemy.engine import IteratorResult
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.session import SessionTransactionOrigin
 from sqlalchemy.util import EMPTY_DICT, await_only, immutabledict
 
-from shardalchemy.assembly import COMPILED, OneCompiled, assemble
+from shardalchemy.assembly import COMPILED, OneCompiled
 from shardalchemy.bulk import save_in_bulk
-from shardalchemy.engine import fanout
 from shardalchemy.errors import (
     ConfigurationError,
     UnsupportedQueryError,
@@ -37,14 +35,13 @@ from shardalchemy.routing import (
 )
 from shardalchemy.schema import Kind, placement_of
 from shardalchemy.settings import Settings
+from shardalchemy.statements import RouteLast, run_statement
 from shardalchemy.transaction import ShardedTransaction, check_not_failed
-from shardalchemy.writes import Part, run_write, write_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sqlalchemy import Column
-    from sqlalchemy.orm import ORMExecuteState
     from sqlalchemy.orm.session import SessionTransaction
 
     from shardalchemy.catalog import Topology
@@ -53,7 +50,7 @@ if TYPE_CHECKING:
     from shardalchemy.engine import Deadline
     from shardalchemy.guards import ScatterCount
     from shardalchemy.planner import Analysis, Plan
-    from shardalchemy.routing import Destination
+    from shardalchemy.writes import Part
 
 __all__ = ["ShardedSession"]
 
@@ -253,7 +250,7 @@ class ShardedSession(Session):
         named = how.get("bind_arguments") or EMPTY_DICT
         if self.dispatch.do_orm_execute and not named.keys() & {"shard", "bind"}:
             # A listener may still change the statement, so the last one routes it.
-            how["_add_event"] = _RouteLast(how.get("_add_event"))
+            how["_add_event"] = RouteLast(how.get("_add_event"))
             return super()._execute_internal(statement, params, **how)
         with bounded(self, statement, how.get("execution_options", EMPTY_DICT)):
             return self._execute_routed(statement, params, how)
@@ -277,54 +274,21 @@ class ShardedSession(Session):
             # A loader's statement, with the options of the one that it loads for.
             options = {k: v for k, v in options.items() if k != COMPILED}
             how["execution_options"] = immutabledict(options)
-        write = write_of(statement)
-        if write is not None:
-            return self._execute_write(write, params, how)
-        where = destination(self, statement, params, options)
-        shards, analysis, params = where[:3]
-        if len(shards) > 1 or where.split is not None:
-            self._cluster._scatter_guard.check(self, statement, options, where)
-
-        def run(shard: str | None) -> Any:
-            if shard is not None:
-                routed = {**(bind_arguments or EMPTY_DICT), "shard": shard}
-                given = _with_own(params, where, shard)
-                return run_here(statement, given, **{**how, "bind_arguments": routed})
-            return run_here(statement, params, **how)
-
-        if where.split is not None:
-
-            def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
-                routed = {**(bind_arguments or EMPTY_DICT), "shard": shard}
-                final = {
-                    "bind_arguments": routed,
-                    "execution_options": {**options, **extra},
-                }
-                return run_here(made, given, **{**how, **final})
-
-            return self._run_split(statement, where, options, run_final)
-        if analysis is not None and analysis.sets:
-            return self._run_setting(run, statement, params)
-        if len(shards) == 1:
-            return self._run_routed(run, shards[0], analysis)
         scalar = how.pop("_scalar_result", False)
-        own = getattr(statement, "_execution_options", EMPTY_DICT)
-        result = self._run_on_all(run, shards, {**own, **options})
-        return result.scalar() if scalar else result
-
-    def _execute_write(self, statement: Any, params: Any, how: dict[str, Any]) -> Any:
-        run_here = super()._execute_internal
-        scalar = how.pop("_scalar_result", False)
-        options = how.get("execution_options", EMPTY_DICT)
-        bind_arguments = how.get("bind_arguments") or EMPTY_DICT
+        given = bind_arguments or EMPTY_DICT
 
         def run(shard: str | None, part: Part) -> Any:
-            own = {**how, "execution_options": {**options, **part.options}}
+            nonlocal scalar
+            own = how
+            if scalar and part.is_whole:
+                own, scalar = {**own, "_scalar_result": True}, False
+            if part.options:
+                own = {**own, "execution_options": {**options, **part.options}}
             if shard is not None:
-                own["bind_arguments"] = {**bind_arguments, "shard": shard}
+                own = {**own, "bind_arguments": {**given, "shard": shard}}
             return run_here(part.statement, part.params, **own)
 
-        result = run_write(self, statement, params, options, run)
+        result = run_statement(self, statement, params, options, run)
         return result.scalar() if scalar else result
 
     def _run_routed(
@@ -341,68 +305,11 @@ class ShardedSession(Session):
         finally:
             self._routed = before
 
-    def _run_on_all(
-        self,
-        run: Any,
-        shards: Sequence[Any],
-        options: Mapping[str, Any],
-    ) -> Any:
-        self._autoflush_for(options)
-        load = options.get("_sa_orm_load_options")
-        connections = {
-            shard: self._connection_for_bind(self._engines.of(shard))
-            for shard in shards
-        }
-        with self.no_autoflush:
-            results = list(fanout(lambda shard, _: run(shard), connections).values())
-        if (
-            options.get("yield_per")
-            or options.get("stream_results")
-            or (load is not None and load._yield_per)
-        ):
-            return results[0].merge(*results[1:])
-        return _concatenated(results)
-
-    def _run_split(
-        self, statement: Any, where: Destination, options: Mapping[str, Any], run: Any
-    ) -> Any:
-        assert where.split is not None
-        own_keys = where.own
-        if getattr(statement, "_is_lambda_element", False):
-            # Its parameters are counted otherwise than those of what it stands for.
-            statement, own_keys = statement._resolved, {}
-        own = getattr(statement, "_execution_options", EMPTY_DICT)
-        options = {**own, **options}
-        self._autoflush_for(options)
-        if options.get("schema_translate_map"):
-            raise UnsupportedQueryError(
-                "a schema_translate_map is not applied to a statement that several"
-                " shards answer together. Use tables with the schema that is meant."
-            )
-        most_rows = options.get("gather_max_rows", self._cluster.gather_max_rows)
-        with self.no_autoflush:
-            return assemble(
-                self,
-                where.split,
-                where.pieces,
-                str(where.shards[0]),
-                statement,
-                where.params,
-                most_rows,
-                own_keys,
-                run,
-            )
-
     def _transaction_time(self, connection: Connection) -> str:
         """Return when the transaction began, for all shards the same."""
         if self._began_at is None:
             self._began_at = str(connection.exec_driver_sql(_BEGAN_AT).scalar_one())
         return self._began_at
-
-    def _autoflush_for(self, options: Mapping[str, Any]) -> None:
-        load = options.get("_sa_orm_load_options")
-        if options.get("autoflush", True) and (load is None or load._autoflush):
-            self._autoflush()
 
     def _shard_of_identity(self, mapper: Mapper[Any], ident: Any) -> str:
         return shard_of_identity(self._topology(), mapper, ident)
@@ -470,100 +377,3 @@ class ShardedSession(Session):
         """
         row: T = self._cluster._row_locks.lock(self, entity, ident, timeout)
         return row
-
-
-def _with_own(params: Any, where: Destination, shard: str) -> Any:
-    """Return a statement's parameters with no keys but those that *shard* owns."""
-    if not where.own:
-        return params
-    own = {name: keys.get(shard, []) for name, keys in where.own.values()}
-    return {**(params or EMPTY_DICT), **own}
-
-
-def _concatenated(results: Sequence[Any]) -> IteratorResult[Any]:
-    """Return the rows of all results as one.
-
-    All are fetched first, and stay alive until the last is read: ``unique()`` knows
-    objects by their ``id()``, which one that is gone gives on to another.
-    """
-    first = results[0]
-    rows = [row for result in results for row in result._raw_row_iterator()]
-    whole: IteratorResult[Any] = IteratorResult(
-        first._metadata,
-        iter(rows),
-        _source_supports_scalars=first._source_supports_scalars,
-    )
-    # Loaders ask it whether rows repeat.
-    whole.context = getattr(first, "context", None)
-    whole._attributes = first._attributes
-    whole._unique_filter_state = first._unique_filter_state
-    return whole
-
-
-def _invoking(state: ORMExecuteState) -> Any:
-    """Return what runs a part on one shard as *state*'s own statement."""
-    given = state.parameters
-
-    def run(shard: str | None, part: Part) -> Any:
-        # invoke_statement() would add parameters to those there are. It reads them
-        # before anything is sent, and so before another shard's turn.
-        state.parameters = part.params
-        try:
-            return state.invoke_statement(
-                statement=part.statement,
-                execution_options=part.options or None,
-                bind_arguments=None if shard is None else {"shard": shard},
-            )
-        finally:
-            state.parameters = given
-
-    return run
-
-
-class _RouteLast:
-    """A ``do_orm_execute`` listener that comes after the application's own."""
-
-    def __init__(self, before: Any) -> None:
-        self._before = before
-
-    def __call__(self, state: ORMExecuteState) -> Any:
-        if self._before is not None:
-            result = self._before(state)
-            if result:
-                return result
-        session: Any = state.session
-        options = state.local_execution_options
-        with bounded(session, state.statement, options):
-            return self._routed(state, session, options)
-
-    def _routed(
-        self, state: ORMExecuteState, session: Any, options: Mapping[str, Any]
-    ) -> Any:
-        write = write_of(state.statement)
-        invoke = _invoking(state)
-        if write is not None:
-            return run_write(session, write, state.parameters, options, invoke)
-        where = destination(session, state.statement, state.parameters, options)
-        shards, analysis, params = where[:3]
-        if len(shards) > 1 or where.split is not None:
-            guard = session._cluster._scatter_guard
-            guard.check(session, state.statement, options, where)
-        if where.split is not None:
-
-            def run_final(shard: str, made: Any, given: Any, extra: Any) -> Any:
-                return invoke(shard, Part(made, given, options=extra))
-
-            return session._run_split(state.statement, where, options, run_final)
-
-        def run(shard: str | None) -> Any:
-            given = params if shard is None else _with_own(params, where, shard)
-            return invoke(shard, Part(state.statement, given))
-
-        if analysis is not None and analysis.sets:
-            return session._run_setting(run, state.statement, params)
-        if len(shards) > 1:
-            own = state.statement._execution_options
-            return session._run_on_all(run, shards, {**own, **options})
-        if shards[0] is None and session._deadline is None:
-            return None  # SQLAlchemy goes on as ever
-        return session._run_routed(run, shards[0], analysis)

@@ -54,13 +54,15 @@ class Part:
     """What one shard runs of a write.
 
     ``places`` are those of its rows among all rows of an INSERT; ``options`` are
-    execution options beside the statement's.
+    execution options beside the statement's. ``is_whole`` says that it is the statement
+    itself, whose result is that of the part.
     """
 
     statement: Any
     params: Any
     places: Sequence[int] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

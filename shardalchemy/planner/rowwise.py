@@ -25,6 +25,7 @@ from sqlalchemy import (
     Null,
     ScalarSelect,
     Select,
+    TextClause,
     True_,
     Tuple,
     TypeClause,
@@ -41,6 +42,8 @@ from sqlalchemy.sql.elements import (
     Over,
     Slice,
     WithinGroup,
+    _label_reference,
+    _textual_label_reference,
 )
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import Exists, FromClause, SelectStatementGrouping
@@ -110,7 +113,23 @@ def why_not_rows(
         reason = expressions.why_not(column)
         if reason is not None:
             return reason
+    # An aggregate or a window there is one of all rows as well.
+    for clause in (*select._order_by_clauses, *distinct_on(select)):
+        reason = expressions.why_not(_referred(clause))
+        if reason is not None:
+            return reason.replace("in the columns", "in ORDER BY")
     return None
+
+
+def _referred(clause: Any) -> Any:
+    """Return what an ORDER BY term sorts by, below references and modifiers."""
+    while isinstance(clause, _label_reference | Label) or (
+        isinstance(clause, UnaryExpression) and clause.modifier is not None
+    ):
+        clause = clause.element
+    if isinstance(clause, _textual_label_reference | TextClause):
+        return Null()  # names a column, or is refused where it is used
+    return clause
 
 
 def why_not_whole(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Text, cast, literal_column
+from sqlalchemy import BindParameter, Text, cast, literal_column
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ColumnClause, _textual_label_reference
 from sqlalchemy.sql.selectable import TableSample
@@ -82,6 +82,12 @@ class _Splitting:
         made = self._split
         roots = self._layout.roots
         is_select = len(roots) == 1 and not roots[0].compound
+        if any(
+            isinstance(part, BindParameter)
+            and str(part.key).startswith("shardalchemy_")
+            for part in self._found.parts
+        ):
+            self._refuse("parameters of names with shardalchemy_ are reserved")
         locks = getattr(self._statement, "_for_update_arg", None) is not None
         made.tells_time = self._layout.tells_time is not None
         if is_select and self._whole(roots[0]):
@@ -157,6 +163,8 @@ class _Splitting:
             return None
         if self._functions.why_not_by_shard(upper_clauses(scope)) is not None:
             return None
+        if any(column.type._has_column_expression for column in scope.columns):
+            return None  # what is sorted by its name is not what the shard has
         slots = self._layout.slots(scope)
         if self._layout.why_not_rows(scope) is None:
             locked = scope.select._for_update_arg is not None

@@ -27,6 +27,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from shardalchemy.engine.deadline import CANCEL_AGAIN, CANCEL_TIMEOUT, earliest
 from shardalchemy.engine.wire import driver_of
+from shardalchemy.errors import TransactionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,15 +71,22 @@ def fanout(
     which names its shard, after the others have been cancelled.
     """
     results: dict[str, T] = {}
-    first: tuple[str, BaseException] | None = None
+    failures: list[tuple[str, _Failure]] = []
     for shard, outcome in _run(step, connections, cancel=True).items():
         if isinstance(outcome, _Failure):
-            if first is None or outcome.was_first:
-                first = (shard, outcome.error)
+            failures.append((shard, outcome))
         else:
             results[shard] = outcome
-    if first is not None:
-        shard, error = first
+    if failures:
+        # One that only says that another shard has failed is not the first.
+        shard, failure = min(
+            failures,
+            key=lambda f: (
+                isinstance(f[1].error, TransactionFailed),
+                not f[1].was_first,
+            ),
+        )
+        error = failure.error
         raise _placed(error, shard) if len(connections) > 1 else error
     return results
 

@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 __all__ = ["inserts_elsewhere", "selected_rows", "stays_on_its_shard"]
 
-MAX_ROWS = 100_000
-
 # Types whose values come back as they were stored when they are sent again.
 _FAITHFUL = (
     Boolean,
@@ -127,8 +125,8 @@ def _stored_alike(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
 def selected_rows(session: ShardedSession, statement: Any, params: Any) -> SelectedRows:
     """Run the SELECT of an INSERT; return the INSERT of its rows.
 
-    Raises UnsupportedQueryError for more rows than `MAX_ROWS`, and for values that
-    would not come out as they are stored.
+    Raises UnsupportedQueryError for more rows than the cluster's ``gather_max_rows``,
+    and for values that would not come out as they are stored.
     """
     table: Table = named(statement).target(statement)
     names = list(statement._select_names)
@@ -149,7 +147,7 @@ def selected_rows(session: ShardedSession, statement: Any, params: Any) -> Selec
     columns = [table.c[name] for name in names]
     for column, selected in zip(columns, select.selected_columns, strict=True):
         _check_faithful(column, selected.type)
-    limit = getattr(session._cluster, "gather_max_rows", MAX_ROWS)
+    limit = session._cluster.gather_max_rows
     found = session.execute(select, params)
     rows = list(islice(found, limit + 1))
     found.close()

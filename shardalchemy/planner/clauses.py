@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["distinct_on", "has_extension"]
+__all__ = ["distinct_on", "has_extension", "limited_as"]
 
 _EXTENSION_POINTS = (
     "_post_select_clause",
@@ -28,3 +28,12 @@ def has_extension(select: Any) -> bool:
         if clause is not None and not hasattr(clause, "_distinct_on"):
             return True
     return False
+
+
+def limited_as(select: Any, original: Any) -> Any:
+    """Give *select* the LIMIT, OFFSET and FETCH of *original*, and return it."""
+    select._limit_clause = original._limit_clause
+    select._offset_clause = original._offset_clause
+    select._fetch_clause = original._fetch_clause
+    select._fetch_clause_options = original._fetch_clause_options
+    return select

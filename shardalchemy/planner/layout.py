@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from shardalchemy.planner.scopes import Element, Noted, Scope
     from shardalchemy.planner.slots import SlotSet
 
-__all__ = ["Layout", "expressions_of", "upper_clauses"]
+__all__ = ["Layout", "expressions_of", "unreached", "upper_clauses"]
 
 _BY_ORDER = frozenset(
     """
@@ -233,7 +233,7 @@ class Layout:
             return False
         own = {id(r) for r in sharded}
         around = {r.group for r in self.found if id(r) not in own}
-        return not _unreached(sharded, around)
+        return not unreached(sharded, around)
 
     def _compared(self, scope: Scope) -> Restriction | None:
         """Return the element of a row around whose key *scope*'s key is compared with.
@@ -279,7 +279,7 @@ class Layout:
         for group in dict.fromkeys(r.group for r in firm):
             together = {group}
             for _ in range(len(compared) + 1):
-                missing = _unreached(sharded, together)
+                missing = unreached(sharded, together)
                 for inside, outer in compared:
                     if outer.group in together:
                         together |= {r.group for r in inside}
@@ -311,7 +311,7 @@ class Layout:
         return None
 
 
-def _unreached(sharded: Sequence[Restriction], together: set[int]) -> list[Restriction]:
+def unreached(sharded: Sequence[Restriction], together: set[int]) -> list[Restriction]:
     """Return the elements that nothing attaches to the groups *together*.
 
     *together* grows by the groups that are reached.

@@ -29,7 +29,7 @@ from sqlalchemy.sql.elements import (
     _textual_label_reference,
 )
 
-from shardalchemy.planner.clauses import distinct_on
+from shardalchemy.planner.clauses import distinct_on, limited_as
 from shardalchemy.planner.replaced import (
     Lookup,
     named_output,
@@ -54,8 +54,6 @@ _MODIFIERS = (
     operators.nulls_first_op,
     operators.nulls_last_op,
 )
-
-Made = "Callable[[Mapping[str, Sequence[ColumnType]]], Select[Any]]"
 
 
 def merged(
@@ -127,11 +125,7 @@ def merged(
         final._distinct = bool(original._distinct)
         final._distinct_on = tuple(rows.c[d] for d in apart if d)
         final = final.order_by(*(_modified(rows.c[p], how) for p, how in order))
-        final._limit_clause = original._limit_clause
-        final._offset_clause = original._offset_clause
-        final._fetch_clause = original._fetch_clause
-        final._fetch_clause_options = original._fetch_clause_options
-        return final  # type: ignore[no-any-return]
+        return limited_as(final, original)  # type: ignore[no-any-return]
 
     return piece, merge
 

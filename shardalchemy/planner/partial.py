@@ -37,7 +37,7 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import Function, FunctionElement
 
 from shardalchemy.errors import UnsupportedQueryError
-from shardalchemy.planner.clauses import distinct_on, has_extension
+from shardalchemy.planner.clauses import distinct_on, has_extension, limited_as
 from shardalchemy.planner.layout import upper_clauses
 from shardalchemy.planner.replaced import (
     Lookup,
@@ -146,11 +146,7 @@ def combined(
         final._distinct = bool(original._distinct)
         final._distinct_on = tuple(map(write, apart))
         final = final.order_by(*map(write, order))
-        final._limit_clause = original._limit_clause
-        final._offset_clause = original._offset_clause
-        final._fetch_clause = original._fetch_clause
-        final._fetch_clause_options = original._fetch_clause_options
-        return final  # type: ignore[no-any-return]
+        return limited_as(final, original)  # type: ignore[no-any-return]
 
     return piece, combine
 

@@ -191,19 +191,21 @@ class _Splitting:
                     return
             if self._from(scope):
                 return
-        grouped: list[Any] = []
         for place, element in enumerate(scope.elements):
             table = element.table
             if table is not None and placement_of(table).kind is Kind.SHARDED:
                 rows = Rows(self._element(scope, element))
                 self._split.final.elements[scope.index, place] = rows
-        by = [without_orm(c) for c in getattr(scope.select, "_group_by_clauses", ())]
-        if by:
-            grouped = functional_keys(scope, by)
-            if grouped:
-                self._split.final.grouped[scope.index] = grouped
+        self._note_grouped(scope)
         for child in layout.children(scope):
             self._gather(child)
+
+    def _note_grouped(self, scope: Scope) -> None:
+        """Note the columns that a GROUP BY lacks once its table has no primary key."""
+        by = [without_orm(c) for c in getattr(scope.select, "_group_by_clauses", ())]
+        grouped = functional_keys(scope, by)
+        if grouped:
+            self._split.final.grouped[scope.index] = grouped
 
     def _note_nested(
         self, piece: Piece, scope: Scope, names: Sequence[str | None]
@@ -283,10 +285,7 @@ class _Splitting:
         self._split.pieces.append(piece)
         inside = len(layout.subtree(scope)) - 1
         self._split.final.froms[scope.index] = FromPiece(Rows(piece), names, inside)
-        by = [without_orm(c) for c in getattr(scope.select, "_group_by_clauses", ())]
-        grouped = functional_keys(scope, by) if by else []
-        if grouped:
-            self._split.final.grouped[scope.index] = grouped
+        self._note_grouped(scope)
         return True
 
     def _element(self, scope: Scope, element: Element) -> Piece:

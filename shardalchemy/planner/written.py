@@ -17,9 +17,10 @@ from sqlalchemy import Date as SqlDate
 from sqlalchemy import DateTime, String, Time
 from sqlalchemy.sql.functions import FunctionElement
 
-from shardalchemy.planner.clauses import distinct_on
 from shardalchemy.planner.functions import SCALARS, is_custom
+from shardalchemy.planner.layout import unreached
 from shardalchemy.planner.names import named
+from shardalchemy.planner.rowwise import is_limited
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence, Set
@@ -128,12 +129,7 @@ def rows_stay(layout: Layout, found: Named, column: Any, family: str) -> bool:
 def _apart_from(target: Element, restricted: list[Restriction]) -> list[str]:
     """Return the tables whose rows are not tied to *target*'s by equal keys."""
     together = {r.group for r in restricted if r.element is target}
-    grown = True
-    while grown:
-        attached = {r.group for r in restricted if r.attached_to & together}
-        grown = not attached <= together
-        together |= attached
-    return sorted({str(r.element.table) for r in restricted if r.group not in together})
+    return sorted({str(r.element.table) for r in unreached(restricted, together)})
 
 
 def unlike_copies(found: Named, *, one_row: bool) -> str | None:
@@ -203,14 +199,7 @@ def _picked_from_copies(
     """Refuse to pick some rows of copies, which may be stored in another order."""
     sharded = {id(r.scope) for r in restricted}
     for scope in scopes[1:]:
-        select = scope.select
-        picks = (
-            getattr(select, "_limit_clause", None) is not None
-            or getattr(select, "_offset_clause", None) is not None
-            or getattr(select, "_fetch_clause", None) is not None
-            or bool(distinct_on(select))
-        )
-        if picks and id(scope) not in sharded:
+        if is_limited(scope.select) and id(scope) not in sharded:
             return "a LIMIT in a subquery"
     return None
 

@@ -215,6 +215,8 @@ class Layout:
 
     def _why_not_same_everywhere(self, scope: Scope) -> str | None:
         """Return what might give one shard other rows of its copies than another."""
+        if scope.compound:
+            return "a set operation over reference tables"  # it may have a LIMIT
         if is_limited(scope.select):
             return "a LIMIT over reference tables"
         for column in scope.columns:

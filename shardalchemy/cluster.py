@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -13,24 +12,22 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from shardalchemy.catalog import (
     Sequences,
-    ShardAddress,
     ShardState,
     Topology,
     function_volatilities,
     guarded_names,
     read_state,
-    write_catalog,
-    write_ownership,
-    write_placement,
-    write_topology,
 )
-from shardalchemy.catalog.install import lock_catalog
-from shardalchemy.engine import Bindings, OneAtATime, ShardEngines, fanout
-from shardalchemy.errors import ConfigurationError, ShardKeyError
+from shardalchemy.creation import agreed, create_all
+from shardalchemy.engine import Bindings, OneAtATime, ShardEngines
+from shardalchemy.errors import (
+    CatalogVersionError,
+    ConfigurationError,
+    ShardKeyError,
+)
 from shardalchemy.guards import ScatterGuard, checked_timeout
 from shardalchemy.locks import RowLocks
-from shardalchemy.ring import allocate
-from shardalchemy.schema import Kind, Placement, checked, placement_of
+from shardalchemy.schema import Kind, checked, placement_of
 from shardalchemy.session import ShardedSession
 
 if TYPE_CHECKING:
@@ -41,21 +38,13 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
     from shardalchemy.asyncio import AsyncShardedSession
-    from shardalchemy.commit import (
-        Ack,
-        CommitDriver,
-        Finisher,
-        Recovery,
-        RecoveryReport,
-    )
+    from shardalchemy.commit import Ack, RecoveryReport, Transactions
     from shardalchemy.guards import Scatter
     from shardalchemy.planner import Analyser, Plan
 
 __all__ = ["Cluster"]
 
 S = TypeVar("S", bound=ShardedSession)
-
-_OLDEST_SERVER = 150000
 
 
 class Cluster:
@@ -142,22 +131,10 @@ class Cluster:
             return function_volatilities(connection)
 
     @cached_property
-    def _finisher(self) -> Finisher:
+    def _transactions(self) -> Transactions:
         from shardalchemy import commit
 
-        return commit.Finisher(self._sync.connect)
-
-    @cached_property
-    def _recovery(self) -> Recovery:
-        from shardalchemy import commit
-
-        return commit.Recovery(self._sync.connect, lambda: self.topology)
-
-    @cached_property
-    def _committer(self) -> CommitDriver:
-        from shardalchemy import commit
-
-        return commit.CommitDriver(self._finisher, self._recovery)
+        return commit.Transactions(self._sync.connect, lambda: self.topology)
 
     def __repr__(self) -> str:
         return f"Cluster({', '.join(self._shards.names)})"
@@ -181,41 +158,15 @@ class Cluster:
 
     def _create_all(self, metadata: MetaData, engines: Bindings) -> None:
         placements = checked(metadata)
-        connections = {name: engines.connect(name) for name in engines.shards}
-        try:
-            states: dict[str, ShardState] = {}
-            for name in sorted(connections):
-                lock_catalog(connections[name])
-                states[name] = read_state(connections[name])
-            topology = _agreed(states)
-            if topology is None:
-                topology = _initial(states, self._shards)
-                for name, connection in connections.items():
-                    write_catalog(connection, topology.cluster, name)
-                    write_topology(connection, topology)
-            members = {name: connections[name] for name in topology.shards}
-
-            def make(shard: str, connection: Connection) -> None:
-                here = [p for p in placements if _is_on(p, shard, topology)]
-                if not here:
-                    return  # no table, and none of the metadata's own events
-                metadata.create_all(connection, tables=[p.table for p in here])
-                for placement in here:
-                    write_ownership(connection, placement, topology, shard)
-                    write_placement(connection, placement)
-
-            fanout(make, members)
-            if len(members) > 1:
-                numbers = {n: a.number for n, a in topology.addresses.items()}
-                self._committer.commit(
-                    topology.cluster, numbers, members, ack="committed"
-                )
-            for connection in connections.values():
-                connection.commit()
-        finally:
-            for connection in connections.values():
-                connection.close()
-        self._known = topology
+        self._known = create_all(
+            metadata,
+            placements,
+            engines,
+            self._shards,
+            lambda topology, members: self._transactions.commit(
+                topology, members, ack="committed"
+            ),
+        )
         self._analyser.guard(
             f"{p.table.schema or 'public'}.{p.table.name}"
             for p in placements
@@ -284,11 +235,17 @@ class Cluster:
                 states[name] = read_state(connection)
                 if states[name].topology is not None:
                     self._analyser.guard(guarded_names(connection))
-        topology = _agreed(states)
+        topology = agreed(states)
         if topology is None:
             raise ConfigurationError(
                 "the shards have no shardalchemy catalog yet. Call"
                 " cluster.create_all(metadata) once, before the first session."
+            )
+        older = [name for name, state in states.items() if state.is_outdated]
+        if older:
+            raise CatalogVersionError(
+                f"shard {', '.join(older)} has a catalog of an older version. Call"
+                " cluster.create_all(metadata) once, which brings it up to date."
             )
         self._known = topology
         return topology
@@ -328,8 +285,7 @@ class Cluster:
     ) -> Future[None] | None:
         topology = self._known
         assert topology is not None
-        numbers = {name: topology.addresses[name].number for name in connections}
-        return self._committer.commit(topology.cluster, numbers, connections, ack)
+        return self._transactions.commit(topology, connections, ack)
 
     def recover(self, *, grace: float = 60.0) -> RecoveryReport:
         """Finish what crashed processes have left prepared.
@@ -338,14 +294,14 @@ class Cluster:
         ago; commits those that all participants prepared, rolls the others back. One
         with a participant that cannot be reached stays in doubt until it can.
         """
-        return self._recovery.recover(grace)
+        return self._transactions.recover(grace)
 
     # -- the end -----------------------------------------------------------------------
 
     def close(self) -> None:
         """Finish pending commits, and close the connections opened here."""
-        if "_finisher" in vars(self):
-            self._finisher.close()
+        if "_transactions" in vars(self):
+            self._transactions.close()
         self._row_locks.close()
         self._shards.dispose()
 
@@ -353,8 +309,8 @@ class Cluster:
         """Do what `close` does, for async sessions as well."""
         import asyncio
 
-        if "_finisher" in vars(self):
-            await asyncio.to_thread(self._finisher.close)
+        if "_transactions" in vars(self):
+            await asyncio.to_thread(self._transactions.close)
         await self._row_locks.aclose()
         await self._shards.dispose_async()
 
@@ -369,65 +325,3 @@ class Cluster:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-
-def _is_on(placement: Placement, shard: str, topology: Topology) -> bool:
-    return placement.kind is not Kind.HOME or shard == topology.home
-
-
-def _agreed(states: Mapping[str, ShardState]) -> Topology | None:
-    """Return the newest topology that the shards hold, or None if none has one.
-
-    Raises ConfigurationError where a server is too old, cannot prepare transactions,
-    or is not the shard it was given as.
-    """
-    newest: Topology | None = None
-    for name, state in states.items():
-        if state.server_version < _OLDEST_SERVER:
-            raise ConfigurationError(
-                f"shard {name} runs PostgreSQL {state.server_version // 10000};"
-                " shardalchemy needs 15 or newer."
-            )
-        if len(states) > 1 and state.max_prepared_transactions == 0:
-            raise ConfigurationError(
-                f"shard {name} has max_prepared_transactions = 0, so it cannot take"
-                " part in a transaction with others. Set it in postgresql.conf, best to"
-                " the value of max_connections, and restart that server."
-            )
-        if state.shard is not None and state.shard != name:
-            raise ConfigurationError(
-                f"the server given as shard {name} says that it is shard {state.shard}."
-                " Compare the URLs."
-            )
-        if state.topology is None:
-            continue
-        if newest is not None and newest.cluster != state.topology.cluster:
-            raise ConfigurationError(
-                f"shard {name} belongs to another cluster ({state.topology.cluster})"
-                f" than the shards before it ({newest.cluster}). Compare the URLs."
-            )
-        if newest is None or state.topology.epoch > newest.epoch:
-            newest = state.topology
-    if newest is not None:
-        missing = [name for name in newest.shards if name not in states]
-        if missing:
-            raise ConfigurationError(
-                f"the cluster also has shard {', '.join(missing)}, for which no URL was"
-                " given. Add it to Cluster({…})."
-            )
-    return newest
-
-
-def _initial(states: Mapping[str, ShardState], shards: ShardEngines) -> Topology:
-    """Return the first topology: slots shared evenly, the first shard as home."""
-    names = list(states)
-    return Topology(
-        epoch=1,
-        cluster=str(uuid.uuid4()),
-        home=shards.names[0],
-        addresses={
-            name: ShardAddress.of(number, shards.url(name))
-            for number, name in enumerate(shards.names)
-        },
-        ring=allocate([name for name in shards.names if name in names]),
-    )

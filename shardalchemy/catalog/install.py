@@ -23,7 +23,7 @@ __all__ = [
     "write_topology",
 ]
 
-CATALOG_VERSION = 1
+CATALOG_VERSION = 2
 
 # Two processes that start at once would otherwise both find no schema and create it.
 _LOCK = text("SELECT pg_advisory_xact_lock(hashtext('shardalchemy.catalog'))")
@@ -44,6 +44,7 @@ _SETTINGS = text(
 _WRITE_CATALOG = text(
     "INSERT INTO shardalchemy.catalog (version, cluster, shard)"
     " VALUES (:version, CAST(:cluster AS uuid), :shard)"
+    " ON CONFLICT (only_row) DO UPDATE SET version = excluded.version"
 )
 _WRITE_TOPOLOGY = text(
     "INSERT INTO shardalchemy.topology (epoch, document)"
@@ -53,13 +54,19 @@ _WRITE_TOPOLOGY = text(
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """What a server says of itself; ``shard`` and the rest are None before install."""
+    """What a server says of itself; from ``version`` on None before install."""
 
     max_prepared_transactions: int
     server_version: int
+    version: int | None = None
     cluster: str | None = None
     shard: str | None = None
     topology: Topology | None = None
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether an older library has installed the catalog."""
+        return self.version is not None and self.version < CATALOG_VERSION
 
 
 def read_state(connection: Connection) -> ShardState:
@@ -81,7 +88,7 @@ def read_state(connection: Connection) -> ShardState:
     topology = (
         None if row.epoch is None else Topology.from_document(row.epoch, row.document)
     )
-    return ShardState(prepared, version, row.cluster, row.shard, topology)
+    return ShardState(prepared, version, row.version, row.cluster, row.shard, topology)
 
 
 def lock_catalog(connection: Connection) -> None:
@@ -90,7 +97,10 @@ def lock_catalog(connection: Connection) -> None:
 
 
 def write_catalog(connection: Connection, cluster: str, shard: str) -> None:
-    """Make the schema, and say which shard of which cluster this database is."""
+    """Make the schema, and say which shard of which cluster this database is.
+
+    A schema of an older version becomes one of this version.
+    """
     script = resources.files(__package__).joinpath("schema.sql").read_text()
     connection.exec_driver_sql(script)
     connection.execute(

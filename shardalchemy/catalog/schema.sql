@@ -1,4 +1,4 @@
--- The catalog of one shard, version 1. Every statement may run again.
+-- The catalog of one shard, version 2. Every statement may run again.
 CREATE SCHEMA IF NOT EXISTS shardalchemy;
 
 -- Which cluster this database belongs to, and as which shard: one row.
@@ -31,6 +31,11 @@ CREATE TABLE IF NOT EXISTS shardalchemy.txn (
     outcome text NOT NULL CHECK (outcome IN ('committed', 'aborted')),
     at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+-- Since version 2: the local transaction, by which a snapshot finds those that have
+-- committed since another snapshot.
+ALTER TABLE shardalchemy.txn
+    ADD COLUMN IF NOT EXISTS xid xid8 NOT NULL DEFAULT pg_current_xact_id();
+CREATE INDEX IF NOT EXISTS txn_xid ON shardalchemy.txn (xid);
 
 -- The highest fencing token that has written under each named lock.
 CREATE TABLE IF NOT EXISTS shardalchemy.fence (

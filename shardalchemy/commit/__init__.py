@@ -10,9 +10,10 @@
 `gid` is the name a transaction carries on every participant.
 """
 
-from shardalchemy.commit.driver import Ack, CommitDriver
-from shardalchemy.commit.finisher import Finisher
+from shardalchemy.commit.counters import Counters
+from shardalchemy.commit.driver import Ack
 from shardalchemy.commit.gid import Gid
-from shardalchemy.commit.recovery import Recovery, RecoveryReport
+from shardalchemy.commit.recovery import RecoveryReport
+from shardalchemy.commit.transactions import Transactions
 
-__all__ = ["Ack", "CommitDriver", "Finisher", "Gid", "Recovery", "RecoveryReport"]
+__all__ = ["Ack", "Counters", "Gid", "RecoveryReport", "Transactions"]

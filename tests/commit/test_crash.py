@@ -91,7 +91,7 @@ def test_killed_before_prepare_and_back_soon(bank: Bank) -> None:
 def test_killed_before_prepare_and_gone_for_long(
     bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bank.cluster._recovery, "_patience", 0.5)
+    monkeypatch.setattr(bank.cluster._transactions.recovery, "_patience", 0.5)
     session = bank.begin()
     server = bank.local.servers["s2"]
     server.kill()

@@ -38,6 +38,7 @@ from shardalchemy import (
     reference_table,
     sharded_by,
 )
+from shardalchemy.catalog import CATALOG_VERSION
 from shardalchemy.ids import LOCATOR_SLOT_SQL, locator_slot, new_locator
 from shardalchemy.schema import placement_of
 from tests.conftest import Servers
@@ -194,6 +195,28 @@ def test_a_newer_catalog_is_refused(cluster: Cluster, servers: Servers) -> None:
         pytest.raises(CatalogVersionError, match=r"version 99.*Upgrade"),
     ):
         other.topology  # noqa: B018
+
+
+def test_an_older_catalog_is_brought_up_to_date_by_create_all(
+    cluster: Cluster, servers: Servers
+) -> None:
+    metadata = model()[0]
+    cluster.create_all(metadata)
+    servers.run(
+        "ALTER TABLE shardalchemy.txn DROP COLUMN xid;"
+        "INSERT INTO shardalchemy.txn VALUES ('kept', 'committed');"
+        "UPDATE shardalchemy.catalog SET version = 1"
+    )
+    with servers.local.cluster() as other:
+        with pytest.raises(CatalogVersionError, match=r"older version.*create_all"):
+            other.topology  # noqa: B018
+        other.create_all(metadata)
+        assert other.topology == cluster.topology
+    held = servers.where(
+        "SELECT gid, xid IS NULL, version FROM shardalchemy.txn, shardalchemy.catalog"
+        " WHERE gid = 'kept'"
+    )
+    assert held == {s: [("kept", False, CATALOG_VERSION)] for s in servers}
 
 
 def test_exchanged_urls_are_refused(cluster: Cluster, servers: Servers) -> None:

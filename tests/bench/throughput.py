@@ -1,4 +1,8 @@
-"""Two-shard transactions a second, from many clients in several processes."""
+"""Two-shard transactions a second, from many clients in several processes.
+
+The same ORM code for all: read a row on each of two shards, change both, commit. The
+peer is SQLAlchemy's ``horizontal_shard`` with ``twophase=True``.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,6 @@ import random
 import threading
 import time
 from typing import Any
-
-from sqlalchemy import create_engine, update
-from sqlalchemy.orm import Session
 
 from shardalchemy import Cluster
 from shardalchemy.local import LocalCluster
@@ -58,41 +59,25 @@ def _rate(way: str, urls: Any, ids: Any, seconds: int, clients: int) -> float:
 def _client_process(
     way: str, urls: Any, ids: Any, seconds: int, threads: int, seed: int, counts: Any
 ) -> None:
-    engines = {
-        shard: create_engine(url, pool_size=threads) for shard, url in urls.items()
-    }
-    ack: Any = way if way in ("committed", "prepared") else "committed"
     done = [0] * threads
     with Cluster(urls, pool_size=threads + 2) as cluster:
-        Sharded = cluster.sessionmaker(ack=ack)
+        peers = Peers.existing(cluster, urls, ids, pool_size=threads)
+        make = (
+            peers.horizontal(twophase=True)
+            if way == "twophase"
+            else peers.sharded(ack="prepared" if way == "prepared" else "committed")
+        )
         cluster.topology  # noqa: B018
         barrier = threading.Barrier(threads)
-
-        def change(session: Any, shard: str, number: int) -> None:
-            if way == "twophase":
-                connection = session.connection(bind_arguments={"bind": engines[shard]})
-                connection.execute(
-                    update(Item.__table__)
-                    .where(Item.id == number)
-                    .values(stock=Item.stock + 1)
-                )
-            else:
-                session.execute(
-                    update(Item)
-                    .where(Item.id == number)
-                    .values(stock=Item.stock + 1)
-                    .execution_options(synchronize_session=False)
-                )
 
         def run(mine: int) -> None:
             chooser = random.Random(seed * 100 + mine)
             barrier.wait()
             end = time.monotonic() + seconds
             while time.monotonic() < end:
-                make = Session(twophase=True) if way == "twophase" else Sharded()
-                with make as session:
+                with make() as session:
                     for shard in list(ids)[: 1 if way == "one shard" else 2]:
-                        change(session, shard, chooser.choice(ids[shard]))
+                        session.get(Item, chooser.choice(ids[shard])).stock += 1
                     session.commit()
                 done[mine] += 1
 
@@ -101,6 +86,6 @@ def _client_process(
             worker.start()
         for worker in workers:
             worker.join()
-    for engine in engines.values():
-        engine.dispose()
+        for engine in peers.engines.values():
+            engine.dispose()
     counts.put(sum(done))

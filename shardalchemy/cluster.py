@@ -27,11 +27,12 @@ from shardalchemy.errors import (
 )
 from shardalchemy.guards import ScatterGuard, checked_timeout
 from shardalchemy.locks import RowLocks
+from shardalchemy.retry import ATTEMPTS, TIMEOUT, run, run_async
 from shardalchemy.schema import Kind, checked, placement_of
 from shardalchemy.session import ShardedSession
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from concurrent.futures import Future
 
     from sqlalchemy import URL, Connection, Engine, MetaData
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["Cluster"]
 
 S = TypeVar("S", bound=ShardedSession)
+A = TypeVar("A", bound="AsyncShardedSession")
+T = TypeVar("T")
 
 
 class Cluster:
@@ -207,6 +210,53 @@ class Cluster:
                 " AsyncShardedSession."
             )
         return async_sessionmaker(class_=class_, cluster=self, **options)
+
+    def run(
+        self,
+        fn: Callable[[S], T],
+        *,
+        sessionmaker: Callable[[], S] | None = None,
+        attempts: int | None = ATTEMPTS,
+        timeout: float | None = TIMEOUT,
+    ) -> T:
+        """Call ``fn(session)`` in one transaction, commit, and return its result.
+
+            def transfer(session):
+                session.get_one(Account, 1, with_for_update=True).balance -= 10
+                session.get_one(Account, 2, with_for_update=True).balance += 10
+
+            cluster.run(transfer)
+
+        It is run again, in a new session, where that cannot do anything twice: after a
+        serialization failure, a deadlock, TopologyChanged, TransactionAborted, when a
+        server has no slot for a prepared transaction, and when a connection was lost,
+        or could not be made, before any shard was asked to commit. Never after
+        CommitOutcomeUnknown or a reply to a commit that was lost, nor after an error of
+        the application. So *fn* may be called several times, and should do nothing that
+        a rollback does not undo; it leaves the commit to this.
+
+        *sessionmaker* is what ``cluster.sessionmaker(…)`` returned, for sessions with
+        options: ``expire_on_commit=False`` where *fn* returns objects. *attempts* and
+        *timeout*, in seconds from the first attempt to the last one's start, bound the
+        repetition; None for no bound. Between attempts it waits for a random time, up
+        to 0.05 s at first and 2 s at last, by stamina: its hooks are called, and
+        ``stamina.set_active(False)`` and ``stamina.set_testing(True)`` hold. What the
+        last attempt raised is raised.
+        """
+        maker: Any = sessionmaker or self.sessionmaker()
+        return run(self, fn, maker, attempts=attempts, timeout=timeout)
+
+    async def run_async(
+        self,
+        fn: Callable[[A], Awaitable[T]],
+        *,
+        sessionmaker: Callable[[], A] | None = None,
+        attempts: int | None = ATTEMPTS,
+        timeout: float | None = TIMEOUT,  # noqa: ASYNC109
+    ) -> T:
+        """Do what `run` does with ``await fn(session)``, in an async session."""
+        maker: Any = sessionmaker or self.async_sessionmaker()
+        return await run_async(self, fn, maker, attempts=attempts, timeout=timeout)
 
     def _engines_for(self, is_async: bool) -> Bindings:
         return self._async if is_async else self._sync

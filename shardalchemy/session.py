@@ -108,6 +108,8 @@ class ShardedSession(Session):
         self._settings = Settings()
         self._scattered: ScatterCount = {}
         self._deadline: Deadline | None = None
+        # Whether any shard may have been asked to commit, ever; for `retry`.
+        self._commit_began = False
         super().__init__(**options)
 
     @property

@@ -94,6 +94,7 @@ class ShardedTransaction(_Routed):
             super()._prepare_impl()
         connections = self._own_connections()
         if len(connections) < 2:
+            self.session._commit_began = True
             return  # SQLAlchemy's COMMIT on the one connection is all there is to do
         try:
             self._commit_together(connections)
@@ -146,6 +147,7 @@ class ShardedTransaction(_Routed):
                     " cannot commit and it was rolled back on every shard."
                 )
         written = self._written(connections)
+        self.session._commit_began = True
         if len(written) > 1:
             self.session._commit_on({s: connections[s] for s in written})
             connections = {s: c for s, c in connections.items() if s not in written}

@@ -26,6 +26,7 @@ from shardalchemy.errors import (
     ShardKeyError,
 )
 from shardalchemy.guards import ScatterGuard, checked_timeout
+from shardalchemy.isolation import checked_level
 from shardalchemy.locks import RowLocks
 from shardalchemy.retry import ATTEMPTS, TIMEOUT, run, run_async
 from shardalchemy.schema import Kind, checked, placement_of
@@ -188,13 +189,15 @@ class Cluster:
     def sessionmaker(self, class_: Any = ShardedSession, **options: Any) -> Any:
         """Return a ``sqlalchemy.orm.sessionmaker`` of this cluster's sessions.
 
-        Takes what SQLAlchemy's takes, and ``ack``. *class_* is `ShardedSession` or a
-        subclass of it.
+        Takes what SQLAlchemy's takes, ``ack`` and ``isolation_level``. *class_* is
+        `ShardedSession` or a subclass of it.
         """
         if not issubclass(class_, ShardedSession):
             raise ConfigurationError(
                 f"class_ is {class_.__name__}; it must be a subclass of ShardedSession."
             )
+        if options.get("isolation_level") is not None:
+            checked_level(options["isolation_level"])
         return sessionmaker(class_=class_, cluster=self, **options)
 
     def async_sessionmaker(self, **options: Any) -> async_sessionmaker[Any]:
@@ -209,6 +212,8 @@ class Cluster:
                 f"class_ is {class_.__name__}; it must be a subclass of"
                 " AsyncShardedSession."
             )
+        if options.get("isolation_level") is not None:
+            checked_level(options["isolation_level"])
         return async_sessionmaker(class_=class_, cluster=self, **options)
 
     def run(

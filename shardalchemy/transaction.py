@@ -29,6 +29,7 @@ from shardalchemy.engine.wire import (
 )
 from shardalchemy.errors import TransactionAborted, TransactionFailed
 from shardalchemy.flush import RowConnections
+from shardalchemy.isolation import connection_options
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind
 from shardalchemy.secondary import SecondaryRows
@@ -85,6 +86,14 @@ class _Routed(SessionTransaction):
 
 class ShardedTransaction(_Routed):
     """The root transaction of a `ShardedSession`."""
+
+    _options: Mapping[str, Any] | None = None
+    """What its connections are opened with, once there is one."""
+
+    def _connection_for_bind(self, bind: Any, execution_options: Any) -> Any:
+        if bind not in self._connections:
+            execution_options = connection_options(self, bind, execution_options)
+        return super()._connection_for_bind(bind, execution_options)
 
     @_StateChange.declare_states(
         (SessionTransactionState.ACTIVE,), SessionTransactionState.PREPARED

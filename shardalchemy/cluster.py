@@ -369,6 +369,15 @@ class Cluster:
         """
         return self._transactions.recover(grace)
 
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What has become of this process's transactions: counts by name, as of now.
+
+        ``commits.2``, ``aborts``, ``lost_replies``, ``recovery.committed``: all names
+        are explained in ``shardalchemy.commit.counters``.
+        """
+        return self._transactions.counters.read()
+
     # -- the end -----------------------------------------------------------------------
 
     def close(self) -> None:

@@ -167,6 +167,8 @@ class _Tries:
                 f"sessionmaker makes a {session_type} that is not of this cluster; give"
                 " one that cluster.sessionmaker() or cluster.async_sessionmaker() made."
             )
+        if self._session is not None:
+            self._cluster._transactions.counters.add("run.retries")
         self._session = sync
         self.fn_has_returned = False
         return session

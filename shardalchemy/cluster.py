@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
     from shardalchemy.asyncio import AsyncShardedSession
-    from shardalchemy.commit import Ack, Commit, RecoveryReport, Transactions
+    from shardalchemy.commit import Ack, Commit, Listing, RecoveryReport, Transactions
     from shardalchemy.guards import Scatter
     from shardalchemy.planner import Analyser, Plan
 
@@ -368,6 +368,23 @@ class Cluster:
         with a participant that cannot be reached stays in doubt until it can.
         """
         return self._transactions.recover(grace)
+
+    def prepared_transactions(self, *, grace: float = 60.0) -> Listing:
+        """Return what is prepared on the shards, and what recovery waits for.
+
+        Each has its ``gid``, ``age``, ``state`` and ``participants``; what others have
+        prepared is there as ``"foreign"``. Nothing is changed. *grace* is that of
+        `recover`. In an event loop use `prepared_transactions_async`.
+        """
+        from shardalchemy.commit.listing import prepared_transactions
+
+        return prepared_transactions(self._sync.connect, self.topology, grace)
+
+    async def prepared_transactions_async(self, *, grace: float = 60.0) -> Listing:
+        """Do what `prepared_transactions` does, without holding up the event loop."""
+        import asyncio
+
+        return await asyncio.to_thread(self.prepared_transactions, grace=grace)
 
     @property
     def counters(self) -> Mapping[str, int]:

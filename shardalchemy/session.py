@@ -28,6 +28,7 @@ from shardalchemy.errors import (
 from shardalchemy.explain import explained
 from shardalchemy.flush import RowConnections, order_new_by_shard
 from shardalchemy.guards import bounded
+from shardalchemy.isolation import checked_level
 from shardalchemy.routing import (
     check_not_a_copy,
     destination,
@@ -70,6 +71,14 @@ class ShardedSession(Session):
     ``ack="prepared"`` returns from a cross-shard commit once it is decided, before
     every shard has carried it out; this session waits for that before it uses those
     shards again, and so does one made with ``after=`` its `commit_token`.
+
+    ``isolation_level="SERIALIZABLE"``, or ``"REPEATABLE READ"``, is that of its
+    transactions on every shard that they touch; so is what the first
+    ``session.connection(execution_options={"isolation_level": …})`` of a transaction
+    says. Each shard is serializable by itself, and a serialization failure on one, also
+    while it prepares, rolls back all. There is no serial order over all shards, and
+    each is seen as it was when the transaction first came to it: for reads of one
+    moment use ``cluster.snapshot()``. ``"AUTOCOMMIT"`` is for one shard at a time.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class ShardedSession(Session):
         cluster: Cluster,
         ack: Ack | None = None,
         after: str | None = None,
+        isolation_level: str | None = None,
         is_async: bool = False,
         **options: Any,
     ) -> None:
@@ -110,6 +120,14 @@ class ShardedSession(Session):
         self._settings = Settings()
         self._scattered: ScatterCount = {}
         self._deadline: Deadline | None = None
+        whole = options.get("execution_options")  # SQLAlchemy 2.1 takes them
+        if isolation_level is None and whole:
+            isolation_level = whole.get("isolation_level")
+        self._isolation_level = (
+            None if isolation_level is None else checked_level(isolation_level)
+        )
+        # Whether any shard may have been asked to commit, ever; for `retry`.
+        self._commit_began = False
         super().__init__(**options)
 
     @property

@@ -7,20 +7,25 @@ with the first that needs them, and end with `close`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardalchemy.commit.counters import Counters
 from shardalchemy.commit.driver import Ack, CommitDriver
 from shardalchemy.commit.finisher import Finisher
+from shardalchemy.commit.indoubt import InDoubt
 from shardalchemy.commit.recovery import Recovery, RecoveryReport
+from shardalchemy.commit.waits import Waits
+from shardalchemy.engine import unpooled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
+    import psycopg
     from sqlalchemy import Connection
 
     from shardalchemy.catalog import Topology
+    from shardalchemy.commit.waits import WaitingSession
 
 __all__ = ["Transactions"]
 
@@ -28,15 +33,28 @@ __all__ = ["Transactions"]
 class Transactions:
     """The cross-shard transactions of one cluster, as this process sees to them.
 
-    ``connect`` opens a connection to a shard; ``topology`` returns the current one.
+    ``connect`` opens a connection to a shard, and ``connect_beside`` one that comes
+    from no pool; ``topology`` returns the current one, and ``sessions`` those that
+    there are of the cluster.
     """
 
     def __init__(
-        self, connect: Callable[[str], Connection], topology: Callable[[], Topology]
+        self,
+        connect: Callable[[str], Connection],
+        topology: Callable[[], Topology],
+        connect_beside: Callable[[str], psycopg.Connection[Any]],
+        sessions: Callable[[], Iterator[WaitingSession]],
     ) -> None:
         self.counters = Counters()
         self.finisher = Finisher(connect)
         self.recovery = Recovery(connect, topology)
+        # What is waited for is resolved while those that wait may have all of a pool.
+        in_doubt = InDoubt(
+            Recovery(unpooled(connect_beside), topology),
+            lambda: topology().cluster,
+            self.counters,
+        )
+        self.waits = Waits(sessions, connect_beside, topology, in_doubt, self.counters)
         self._driver = CommitDriver(self.finisher, self.recovery)
 
     def commit(
@@ -57,4 +75,5 @@ class Transactions:
 
     def close(self) -> None:
         """Finish what is pending, and end the threads."""
+        self.waits.close()
         self.finisher.close()

@@ -274,11 +274,12 @@ class Waits:
         """
         wait = deadlock.waits[0]
         session = waiter.session()
-        driver = session and session._drivers_in_use().get(wait.waiter.shard)
+        if session is None:
+            return
+        driver = session._drivers_in_use().get(wait.waiter.shard)
         if driver is None or driver.pgconn.backend_pid != wait.waiter.pid:
             return
         with next_statement_held(driver):
-            assert session is not None
             if session._drivers_in_use().get(wait.waiter.shard) is not driver:
                 return
             session._deadlock = deadlock

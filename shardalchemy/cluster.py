@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cached_property
+from os import getpid
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from sqlalchemy import Connection, Table, inspect
@@ -30,7 +32,7 @@ from shardalchemy.isolation import checked_level
 from shardalchemy.locks import RowLocks
 from shardalchemy.retry import ATTEMPTS, TIMEOUT, run, run_async
 from shardalchemy.schema import Kind, checked, placement_of
-from shardalchemy.session import ShardedSession
+from shardalchemy.session import ShardedSession, sessions_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -125,6 +127,7 @@ class Cluster:
         )
         self._sync = Bindings(self._shards, is_async=False)
         self._async = Bindings(self._shards, is_async=True)
+        self._watched_in: int | None = None
         self._known: Topology | None = None
         self._loading = OneAtATime()
         self._sequences = Sequences()
@@ -149,7 +152,22 @@ class Cluster:
     def _transactions(self) -> Transactions:
         from shardalchemy import commit
 
-        return commit.Transactions(self._sync.connect, lambda: self.topology)
+        this = weakref.ref(self)
+        return commit.Transactions(
+            self._sync.connect,
+            lambda: self.topology,
+            self._shards.connect_beside,
+            lambda: sessions_of(this()),
+        )
+
+    def _watch_waits(self) -> None:
+        """Have the waits of this process's sessions watched; at each transaction."""
+        # A fork has to start its own thread.
+        if self._watched_in != (process := getpid()):
+            self._watched_in = process
+            # A shard given as a connection has no second one that could be asked.
+            if len(self._shards.names) > 1 and not self._shards.has_connections:
+                self._transactions.waits.start()
 
     def __repr__(self) -> str:
         return f"Cluster({', '.join(self._shards.names)})"
@@ -399,6 +417,7 @@ class Cluster:
 
     def close(self) -> None:
         """Finish pending commits, and close the connections opened here."""
+        self._watched_in = None
         if "_transactions" in vars(self):
             self._transactions.close()
         self._row_locks.close()
@@ -408,6 +427,7 @@ class Cluster:
         """Do what `close` does, for async sessions as well."""
         import asyncio
 
+        self._watched_in = None
         if "_transactions" in vars(self):
             await asyncio.to_thread(self._transactions.close)
         await self._row_locks.aclose()

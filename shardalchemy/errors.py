@@ -13,6 +13,7 @@ __all__ = [
     "CatalogVersionError",
     "CommitOutcomeUnknown",
     "ConfigurationError",
+    "DeadlockDetected",
     "DeclarationError",
     "LocalServerError",
     "LockTimeout",
@@ -87,6 +88,16 @@ class StatementTimeout(ShardAlchemyError, sa_exc.OperationalError):
     """A statement was not done within its timeout, and was cancelled on every shard.
 
     ``orig`` is psycopg's ``QueryCanceled``, as with PostgreSQL's own statement_timeout.
+    """
+
+    code = ""  # no page of SQLAlchemy's says more
+
+
+class DeadlockDetected(ShardAlchemyError, sa_exc.OperationalError):
+    """Transactions on several shards waited for each other; this one was cancelled.
+
+    It was the youngest of them. Roll it back, and run it again. ``orig`` is psycopg's
+    ``DeadlockDetected``, as it is where one PostgreSQL has found a deadlock.
     """
 
     code = ""  # no page of SQLAlchemy's says more

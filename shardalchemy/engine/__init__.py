@@ -4,16 +4,20 @@
 many connections are open in all. `fanout` runs one step on many connections at once,
 in one thread or one event loop, and leaves none in an unknown state. A `Deadline`
 bounds how long statements may take, on one connection or many. `wire` sends a command
-past SQLAlchemy, for the commit protocol, which counts round trips.
+past SQLAlchemy, for the commit protocol, which counts round trips. `Beside` has
+connections of its own, for what must go on when all sessions wait.
 """
 
+from shardalchemy.engine.beside import Beside, unpooled
 from shardalchemy.engine.broadcast import broadcast
 from shardalchemy.engine.deadline import Deadline
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
+from shardalchemy.engine.gate import next_statement_held
 from shardalchemy.engine.turnstile import OneAtATime
 
 __all__ = [
+    "Beside",
     "Bindings",
     "Deadline",
     "OneAtATime",
@@ -21,4 +25,6 @@ __all__ = [
     "attempt_all",
     "broadcast",
     "fanout",
+    "next_statement_held",
+    "unpooled",
 ]

@@ -51,9 +51,11 @@ class _Broadcast:
     def run(self) -> dict[str, list[str] | Exception]:
         try:
             for shard, connection in self._connections.items():
-                driver = driver_of(connection)
-                running = exchange(driver, self._commands[shard].encode())
-                self._advance(shard, driver, running, None)
+                driver: Any = driver_of(connection)
+                # Not while another thread cancels what this connection did before.
+                with driver.lock:
+                    running = exchange(driver, self._commands[shard].encode())
+                    self._advance(shard, driver, running, None)
             while self._waiting:
                 self._answer_ready(None)
         except (KeyboardInterrupt, SystemExit):

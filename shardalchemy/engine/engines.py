@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy import exc as sa_exc
@@ -14,8 +15,9 @@ from sqlalchemy.util import await_only
 from shardalchemy.errors import ConfigurationError, UnknownShardError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
+    import psycopg
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -140,6 +142,23 @@ class ShardEngines:
                     self._async[shard] = found
         return found
 
+    @property
+    def has_connections(self) -> bool:
+        """Whether a shard was given as a connection, which is all there is to it."""
+        return any(isinstance(given, Connection) for given in self._sync.values())
+
+    def connect_beside(self, shard: str) -> psycopg.Connection[Any]:
+        """Open a connection to *shard* as its pool would, but not out of the pool.
+
+        Nor is it bounded by ``max_connections``: it is for what must get through when
+        sessions hold all connections that there may be.
+        """
+        pool = self.sync(shard).engine.pool
+        with nullcontext() if self._budget is None else self._budget.lifted():
+            return cast(
+                "psycopg.Connection[Any]", pool._invoke_creator(cast("Any", None))
+            )
+
     def _named(self, shard: str) -> dict[str, Any]:
         return {"logging_name": shard, "pool_logging_name": shard, **self._options}
 
@@ -215,6 +234,16 @@ class _ConnectionBudget:
         self._open = 0
         self._lock = threading.Lock()
         self._engines: list[Engine] = []
+        self._lifted = threading.local()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Count nothing that this thread opens within a ``with`` block."""
+        self._lifted.now = True
+        try:
+            yield
+        finally:
+            self._lifted.now = False
 
     def cover(self, engine: Engine) -> None:
         """Count *engine*'s connections from now on."""
@@ -224,6 +253,8 @@ class _ConnectionBudget:
         event.listen(engine, "close_detached", self._closed)
 
     def _connect(self, dialect: Any, _record: Any, args: Any, options: Any) -> Any:
+        if getattr(self._lifted, "now", False):
+            return dialect.connect(*args, **options)
         deadline = time.monotonic() + self._timeout
         while not self._take():
             if time.monotonic() > deadline:

@@ -50,6 +50,7 @@ class _Routed(SessionTransaction):
 
     session: ShardedSession
     _settings_before: tuple[int, dict[str, int]] = (0, {})
+    _unpreparable_before: int = 0
 
     def connection(self, bindkey: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the connection for *bindkey*; in a flush what stands for several."""
@@ -75,11 +76,13 @@ class _Routed(SessionTransaction):
         )
         made = _Routed(self.session, origin, self)
         made._settings_before = self.session._settings.mark()
+        made._unpreparable_before = self.session._unpreparable.mark()
         return made
 
     def _restore_snapshot(self, dirty_only: bool = False) -> None:
         if self.nested:
             self.session._settings.back_to(self._settings_before)
+            self.session._unpreparable.back_to(self._unpreparable_before)
         super()._restore_snapshot(dirty_only)
 
 
@@ -146,12 +149,16 @@ class ShardedTransaction(_Routed):
                     " cannot commit and it was rolled back on every shard."
                 )
         written = self._written(connections)
+        self.session._unpreparable.check(written)
         if len(written) > 1:
             self.session._commit_on({s: connections[s] for s in written})
             connections = {s: c for s, c in connections.items() if s not in written}
             _end(connections, writer=None, decided=True)
         else:
             writer = next(iter(written), None)
+            if writer is not None and self.session._unpreparable:
+                # Others must not be notified of what then does not commit.
+                _end({writer: connections.pop(writer)}, writer, decided=True)
             _end(connections, writer, decided=writer is not None)
 
     def _written(self, connections: Mapping[str, Connection]) -> list[str]:

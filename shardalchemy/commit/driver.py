@@ -11,6 +11,7 @@ from sqlalchemy.util import await_only
 
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Decision, Reply, decide
+from shardalchemy.commit.refusals import explained
 from shardalchemy.engine import broadcast
 from shardalchemy.engine.wire import driver_of, is_lost
 from shardalchemy.errors import CommitOutcomeUnknown, TransactionAborted
@@ -151,7 +152,11 @@ def _prepare(
             gone = is_lost(driver_of(connections[shard]))
             certain = isinstance(outcome, sa_exc.DBAPIError) and not gone
             replies[shard] = Reply.REFUSED if certain else Reply.LOST
-            errors[shard] = outcome
+            errors[shard] = (
+                explained(shard, connections[shard], gid, outcome)
+                if certain
+                else outcome
+            )
         elif outcome[-1] != "PREPARE TRANSACTION":
             # A transaction that has failed answers ROLLBACK, without an error.
             replies[shard] = Reply.REFUSED

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
     from sqlalchemy import Connection
 
-__all__ = ["driver_of", "in_failed_transaction", "is_lost", "simple_query"]
+__all__ = [
+    "driver_of",
+    "in_failed_transaction",
+    "is_lost",
+    "simple_query",
+    "simple_rows",
+]
 
 Driver = psycopg.Connection[object] | psycopg.AsyncConnection[object]
 
@@ -58,6 +64,10 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
     Raises the SQLAlchemy error of the first statement that fails, as ``execute`` would.
     On an async connection it must be called within SQLAlchemy's greenlet.
     """
+    return tags(_results(connection, sql))
+
+
+def _results(connection: Connection, sql: str) -> list[PGresult]:
     driver = driver_of(connection)
     running = exchange(driver, sql.encode())
     results: list[PGresult]
@@ -69,7 +79,22 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
                 results = driver.wait(running)
     except psycopg.Error as error:
         raise translated(connection, sql, error) from error
-    return tags(results)
+    return results
+
+
+def simple_rows(connection: Connection, sql: str) -> list[tuple[str | None, ...]]:
+    """Send *sql* as `simple_query` does; return its rows, as PostgreSQL writes them."""
+    (result,) = _results(connection, sql)[-1:]
+    encoding = driver_of(connection).info.encoding
+
+    def text(row: int, column: int) -> str | None:
+        value = result.get_value(row, column)
+        return None if value is None else value.decode(encoding)
+
+    return [
+        tuple(text(row, column) for column in range(result.nfields))
+        for row in range(result.ntuples)
+    ]
 
 
 def tags(results: list[PGresult]) -> list[str]:

@@ -201,9 +201,13 @@ class ShardedSession(Session):
 
     def _commit_on(self, connections: Mapping[str, Connection]) -> None:
         """Commit shards that have all been written on; for `ShardedTransaction`."""
-        done = self._cluster._commit(connections, self._ack)
-        if done is not None:
-            self._unfinished.update(dict.fromkeys(connections, done))
+        commit = self._cluster._commit(connections, self._ack)
+        if commit.done is not None:
+            self._unfinished.update(dict.fromkeys(connections, commit.done))
+
+    def _commit_alone(self, shard: str, connection: Connection) -> None:
+        """Commit the one shard that has been written on; for `ShardedTransaction`."""
+        self._cluster._commit_alone(shard, connection)
 
     def _wait_until_finished(self, shard: str | None) -> None:
         """Wait until this session's last commit has reached *shard*."""

@@ -16,6 +16,8 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
     from sqlalchemy import Connection
@@ -67,6 +69,11 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
     return tags(_results(connection, sql))
 
 
+def simple_rows(connection: Connection, sql: str) -> list[tuple[str | None, ...]]:
+    """Do the same; return the rows of all results, each value as PostgreSQL's text."""
+    return [row for result in _results(connection, sql) for row in rows(result)]
+
+
 def _results(connection: Connection, sql: str) -> list[PGresult]:
     driver = driver_of(connection)
     running = exchange(driver, sql.encode())
@@ -82,19 +89,12 @@ def _results(connection: Connection, sql: str) -> list[PGresult]:
     return results
 
 
-def simple_rows(connection: Connection, sql: str) -> list[tuple[str | None, ...]]:
-    """Send *sql* as `simple_query` does; return its rows, as PostgreSQL writes them."""
-    (result,) = _results(connection, sql)[-1:]
-    encoding = driver_of(connection).info.encoding
-
-    def text(row: int, column: int) -> str | None:
-        value = result.get_value(row, column)
-        return None if value is None else value.decode(encoding)
-
-    return [
-        tuple(text(row, column) for column in range(result.nfields))
-        for row in range(result.ntuples)
-    ]
+def rows(result: PGresult) -> Iterator[tuple[str | None, ...]]:
+    """Yield the rows of a result, each value as PostgreSQL's text."""
+    columns = range(result.nfields)
+    for number in range(result.ntuples):
+        values = (result.get_value(number, column) for column in columns)
+        yield tuple(None if value is None else value.decode() for value in values)
 
 
 def tags(results: list[PGresult]) -> list[str]:

@@ -51,14 +51,25 @@ def test_a_transaction_over_shards_is_on_all_of_them(
     assert servers.prepared() == {}
 
 
-def test_one_writer_needs_no_marker(bank: Cluster, servers: Servers) -> None:
+@pytest.mark.parametrize("resolve_commits", [True, False])
+def test_one_writer_leaves_one_marker_or_none(
+    bank: Cluster, servers: Servers, resolve_commits: bool
+) -> None:
     a, b = number_on(bank, "s1"), number_on(bank, "s2")
-    with bank.sessionmaker()() as session:
+    with (
+        servers.local.cluster(resolve_commits=resolve_commits) as cluster,
+        cluster.sessionmaker()() as session,
+    ):
         session.add(Account(number=a, balance=1))
         session.commit()
+        assert set(servers.where(MARKERS)) == ({"s1"} if resolve_commits else set())
         cleared_markers(servers)
         session.get(Account, b)  # read on s2, write on s1
         session.get_one(Account, a).balance = 2
+        session.commit()
+        assert set(servers.where(MARKERS)) == ({"s1"} if resolve_commits else set())
+        cleared_markers(servers)
+        session.add(Note(text="at home, and in no other table"))
         session.commit()
     assert servers.where(MARKERS) == {}
     assert servers.where(BALANCES) == {"s1": [(a, 2)]}

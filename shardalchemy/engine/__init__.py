@@ -3,12 +3,14 @@
 `engines.ShardEngines` holds an engine per shard, made when first used, and bounds how
 many connections are open in all. `fanout` runs one step on many connections at once,
 in one thread or one event loop, and leaves none in an unknown state. A `Deadline`
-bounds how long statements may take, on one connection or many. `wire` sends a command
+bounds how long statements may take, on one connection or many. `ended` tells whether a
+server has hung up. `wire` sends a command
 past SQLAlchemy, for the commit protocol, which counts round trips.
 """
 
 from shardalchemy.engine.broadcast import broadcast
 from shardalchemy.engine.deadline import Deadline
+from shardalchemy.engine.ended import end_of
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
 from shardalchemy.engine.turnstile import OneAtATime
@@ -20,5 +22,6 @@ __all__ = [
     "ShardEngines",
     "attempt_all",
     "broadcast",
+    "end_of",
     "fanout",
 ]

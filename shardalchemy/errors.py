@@ -17,6 +17,7 @@ __all__ = [
     "DeclarationError",
     "LocalServerError",
     "LockTimeout",
+    "PreparedSlotsExhausted",
     "ScatterWarning",
     "ShardAlchemyError",
     "ShardKeyError",
@@ -78,6 +79,15 @@ class CommitOutcomeUnknown(ShardAlchemyError, sa_exc.InvalidRequestError):
     def __init__(self, message: str, gid: str) -> None:
         super().__init__(message)
         self.gid = gid
+
+
+class PreparedSlotsExhausted(ShardAlchemyError, sa_exc.OperationalError):
+    """A shard has no room for another prepared transaction; nothing was committed.
+
+    ``orig`` is what PostgreSQL said to PREPARE TRANSACTION.
+    """
+
+    code = ""  # no page of SQLAlchemy's says more
 
 
 class LockTimeout(ShardAlchemyError, sa_exc.TimeoutError):

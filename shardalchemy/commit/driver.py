@@ -14,6 +14,7 @@ from sqlalchemy.util import await_only
 
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Coordinator, Decision, Reply, Request
+from shardalchemy.commit.refusals import explained
 from shardalchemy.engine import broadcast
 from shardalchemy.engine.wire import driver_of, is_lost, simple_query
 from shardalchemy.errors import CommitOutcomeUnknown, TransactionAborted
@@ -220,7 +221,8 @@ def _prepare(
             gone = is_lost(driver_of(connections[shard]))
             certain = isinstance(outcome, sa_exc.DBAPIError) and not gone
             replies[shard] = Reply.REFUSED if certain else Reply.LOST
-            errors[shard] = _explained(outcome, shard)
+            refusal = _explained(outcome, shard)
+            errors[shard] = explained(shard, connections[shard], gid, refusal)
         elif outcome[-1] != "PREPARE TRANSACTION":
             # A transaction that has failed answers ROLLBACK, without an error.
             replies[shard] = Reply.REFUSED

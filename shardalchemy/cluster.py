@@ -29,6 +29,7 @@ from shardalchemy.guards import ScatterGuard, checked_timeout
 from shardalchemy.locks import RowLocks
 from shardalchemy.schema import Kind, checked, placement_of
 from shardalchemy.session import ShardedSession
+from shardalchemy.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -207,6 +208,40 @@ class Cluster:
                 " AsyncShardedSession."
             )
         return async_sessionmaker(class_=class_, cluster=self, **options)
+
+    def snapshot(
+        self, *, timeout: float = 10.0, strict: bool = False, **options: Any
+    ) -> Snapshot:
+        """Return a read-only session of one moment of all shards, for ``with``.
+
+            with cluster.snapshot() as session:
+                session.scalar(select(func.sum(Account.balance)))
+
+        ``async with`` gives an async one. It has a transaction on every shard from the
+        start, REPEATABLE READ and READ ONLY, and ends with it: after a commit, rollback
+        or close a statement raises `SnapshotOver`. ``session.export()`` returns what
+        ``pg_dump --snapshot=`` takes. *timeout* is how many seconds the opening may
+        take; connecting to a server takes as long as ``connect_timeout`` lets it.
+        *options* are those of a session.
+
+        What is promised: a transaction over several shards is wholly visible or not at
+        all; on each shard there is the one moment that PostgreSQL's REPEATABLE READ
+        gives; and what has returned from its commit is visible, but with
+        ``ack="prepared"`` perhaps not yet. What is not: an order between transactions
+        on different shards. Of two, each on one shard, the later may be visible and the
+        earlier not, if both commit while the snapshot is opened.
+
+        With *strict* they are in order as well: no transaction of a ShardedSession
+        commits on any shard while the snapshot is opened, and all that had returned
+        before is visible, whatever its ``ack``. Commits wait meanwhile, some
+        milliseconds, and never over a tenth of a second at a time; there is a second
+        connection to each shard so long. Transactions past shardalchemy are not in that
+        order, nor those of sessions that have used unannotated models alone.
+
+        Raises SnapshotUnavailable if a shard cannot be reached, or the timeout passes.
+        SnapshotReadOnly is what a write in the session raises.
+        """
+        return Snapshot(self, timeout=timeout, strict=strict, options=options)
 
     def _engines_for(self, is_async: bool) -> Bindings:
         return self._async if is_async else self._sync

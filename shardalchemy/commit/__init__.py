@@ -7,13 +7,16 @@
 3. What a crash or a lost reply leaves behind, `recovery` decides by looking at each
    participant, in any process, with nobody's memory (`protocol` says how).
 
-`gid` is the name a transaction carries on every participant.
+`gid` is the name a transaction carries on every participant. `snapshot` opens a
+snapshot of all shards in which no transaction is torn; `cut` says how that is known,
+and `gate` is what it may shut.
 """
 
 from shardalchemy.commit.counters import Counters
 from shardalchemy.commit.driver import Ack
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.recovery import RecoveryReport
+from shardalchemy.commit.snapshot import Snapshots
 from shardalchemy.commit.transactions import Transactions
 
-__all__ = ["Ack", "Counters", "Gid", "RecoveryReport", "Transactions"]
+__all__ = ["Ack", "Counters", "Gid", "RecoveryReport", "Snapshots", "Transactions"]

@@ -6,9 +6,11 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Literal
 
+import psycopg
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
+from shardalchemy.commit.gate import SHARED
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Decision, Reply, decide
 from shardalchemy.engine import broadcast
@@ -31,9 +33,11 @@ Ack = Literal["committed", "prepared"]
 
 logger = logging.getLogger(__name__)
 
-# A gid holds only [0-9a-f:/], so it stands in these literals as it is.
+# A gid holds only [0-9a-f:/], so it stands in these literals as it is. The gate is held
+# with the prepared transaction, until it is committed or rolled back.
 _PREPARE = (
-    "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'committed');"
+    "INSERT INTO shardalchemy.txn (gid, outcome)"
+    f" SELECT '{{gid}}', 'committed' FROM {SHARED};"
     " PREPARE TRANSACTION '{branch}'"
 )
 _COMMIT = "COMMIT PREPARED '{branch}'"
@@ -167,7 +171,17 @@ def _prepare(
 def _settle(
     command: str, branches: Mapping[str, str], connections: Mapping[str, Connection]
 ) -> list[str]:
-    """Send the second step to all at once; return the shards where it failed."""
+    """Send the second step to all at once; return the shards where it failed.
+
+    Where another was faster, a snapshot or a recoverer, there is nothing left to do.
+    """
     commands = {s: command.format(branch=branches[s]) for s in connections}
     outcomes = broadcast(connections, commands)
-    return [shard for shard, o in outcomes.items() if isinstance(o, Exception)]
+    return [
+        shard
+        for shard, outcome in outcomes.items()
+        if isinstance(outcome, Exception)
+        and not isinstance(
+            getattr(outcome, "orig", None), psycopg.errors.UndefinedObject
+        )
+    ]

@@ -13,6 +13,7 @@ from shardalchemy.commit.counters import Counters
 from shardalchemy.commit.driver import Ack, CommitDriver
 from shardalchemy.commit.finisher import Finisher
 from shardalchemy.commit.recovery import Recovery, RecoveryReport
+from shardalchemy.commit.snapshot import Snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ class Transactions:
         self.counters = Counters()
         self.finisher = Finisher(connect)
         self.recovery = Recovery(connect, topology)
+        self.snapshots = Snapshots(self.counters, self.recovery)
         self._driver = CommitDriver(self.finisher, self.recovery)
 
     def commit(

@@ -7,7 +7,7 @@ bounds how long statements may take, on one connection or many. `wire` sends a c
 past SQLAlchemy, for the commit protocol, which counts round trips.
 """
 
-from shardalchemy.engine.broadcast import broadcast
+from shardalchemy.engine.broadcast import ask_all, broadcast
 from shardalchemy.engine.deadline import Deadline
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
@@ -18,6 +18,7 @@ __all__ = [
     "Deadline",
     "OneAtATime",
     "ShardEngines",
+    "ask_all",
     "attempt_all",
     "broadcast",
     "fanout",

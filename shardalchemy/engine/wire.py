@@ -7,6 +7,10 @@ begin a transaction for the second, and SQLAlchemy knows neither.
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
+import time
 from typing import TYPE_CHECKING, cast
 
 import psycopg
@@ -20,7 +24,13 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
     from sqlalchemy import Connection
 
-__all__ = ["driver_of", "in_failed_transaction", "is_lost", "simple_query"]
+__all__ = [
+    "driver_of",
+    "in_failed_transaction",
+    "in_transaction",
+    "is_lost",
+    "simple_query",
+]
 
 Driver = psycopg.Connection[object] | psycopg.AsyncConnection[object]
 
@@ -38,6 +48,14 @@ def is_lost(driver: Driver) -> bool:
 def in_failed_transaction(driver: Driver) -> bool:
     """Return whether the server will answer ROLLBACK to a COMMIT."""
     return driver.pgconn.transaction_status == TransactionStatus.INERROR
+
+
+def in_transaction(driver: Driver) -> bool:
+    """Return whether the server is in a transaction block, failed or not."""
+    return driver.pgconn.transaction_status in (
+        TransactionStatus.INTRANS,
+        TransactionStatus.INERROR,
+    )
 
 
 def exchange(driver: Driver, sql: bytes) -> PQGen[list[PGresult]]:
@@ -58,23 +76,46 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
     Raises the SQLAlchemy error of the first statement that fails, as ``execute`` would.
     On an async connection it must be called within SQLAlchemy's greenlet.
     """
+    return tags(results_of(connection, sql))
+
+
+def results_of(
+    connection: Connection, sql: str, until: float | None = None
+) -> list[PGresult]:
+    """Do what `simple_query` does, and return the results as libpq has them.
+
+    *until* is a moment of ``time.monotonic()``, for async connections alone: one on
+    which the server has not answered by then is closed.
+    """
     driver = driver_of(connection)
     running = exchange(driver, sql.encode())
     results: list[PGresult]
     try:
         if isinstance(driver, psycopg.AsyncConnection):
-            results = await_only(_awaited(driver, running))
+            results = await_only(_awaited(driver, running, until))
         else:
             with driver.lock:
                 results = driver.wait(running)
     except psycopg.Error as error:
         raise translated(connection, sql, error) from error
-    return tags(results)
+    return results
 
 
 def tags(results: list[PGresult]) -> list[str]:
     """Return the command tags of results, such as ``PREPARE TRANSACTION``."""
     return [(result.command_status or b"").decode() for result in results]
+
+
+def rows(results: list[PGresult]) -> list[tuple[str | None, ...]]:
+    """Return the rows of all results, one after another's, as PostgreSQL wrote them."""
+    return [
+        tuple(
+            None if value is None else value.decode()
+            for value in (result.get_value(row, n) for n in range(result.nfields))
+        )
+        for result in results
+        for row in range(result.ntuples)
+    ]
 
 
 def translated(connection: Connection, sql: str, error: psycopg.Error) -> Exception:
@@ -85,9 +126,39 @@ def translated(connection: Connection, sql: str, error: psycopg.Error) -> Except
     return found
 
 
+def unanswered() -> psycopg.Error:
+    """Return the error of a connection that was closed for want of an answer."""
+    return psycopg.OperationalError("the server has not answered in time")
+
+
 async def _awaited(
-    driver: psycopg.AsyncConnection[object], exchange: PQGen[list[PGresult]]
+    driver: psycopg.AsyncConnection[object],
+    exchange: PQGen[list[PGresult]],
+    until: float | None,
 ) -> list[PGresult]:
-    async with driver.lock:
-        results: list[PGresult] = await driver.wait(exchange)
+    loop = asyncio.get_running_loop()
+    hanging_up = None
+    if until is not None:
+        left = max(0.0, until - time.monotonic())
+        hanging_up = loop.call_later(left, _hang_up, driver)
+    try:
+        async with driver.lock:
+            results: list[PGresult] = await driver.wait(exchange)
+    except psycopg.Error:
+        if until is not None and driver.closed and time.monotonic() >= until:
+            raise unanswered() from None
+        raise
+    finally:
+        if hanging_up is not None:
+            hanging_up.cancel()
     return results
+
+
+def _hang_up(driver: Driver) -> None:
+    """Have what waits for the server find the connection at its end.
+
+    The event loop waits for the descriptor, which must not be closed under it.
+    """
+    if not driver.closed:
+        with socket.socket(fileno=os.dup(driver.pgconn.socket)) as line:
+            line.shutdown(socket.SHUT_RDWR)

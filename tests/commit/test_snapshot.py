@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, exc, func, insert, select, text, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import aliased
 
 from shardalchemy import (
     Cluster,
@@ -27,59 +27,15 @@ from shardalchemy.commit import driver
 from shardalchemy.commit.gate import SHARED
 from shardalchemy.local import LocalCluster
 from tests.commit.accounts import Account, Base, number_on
+from tests.commit.torn import TOTAL, open_accounts, read, transfer, transfers
 from tests.conftest import Servers
-
-TOTAL = 1_000
 
 
 @pytest.fixture
 def bank(cluster: Cluster) -> Cluster:
     """One account a shard, with TOTAL each."""
-    cluster.create_all(Base.metadata)
-    with cluster.sessionmaker().begin() as session:
-        for shard in cluster.topology.shards:
-            session.add(Account(number=number_on(cluster, shard), balance=TOTAL))
+    open_accounts(cluster)
     return cluster
-
-
-def transfer(session: Session, a: int, b: int, amount: int = 1) -> None:
-    for number, change in sorted([(a, -amount), (b, amount)]):
-        session.execute(
-            update(Account)
-            .where(Account.number == number)
-            .values(balance=Account.balance + change)
-        )
-
-
-@contextlib.contextmanager
-def transfers(cluster: Cluster, writers: int = 4) -> Iterator[list[int]]:
-    """Move money between the shards all the time; yields the writers' counts."""
-    numbers = [number_on(cluster, shard) for shard in cluster.topology.shards]
-    stop = threading.Event()
-    done = [0] * writers
-    failed: list[BaseException] = []
-
-    def run(writer: int) -> None:
-        choose = random.Random(writer)
-        Session = cluster.sessionmaker()
-        try:
-            while not stop.is_set():
-                with Session.begin() as session:
-                    transfer(session, *choose.sample(numbers, 2))
-                done[writer] += 1
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(writers)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield done
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert not failed
 
 
 class Dead(BaseException):
@@ -125,6 +81,15 @@ BALANCES = {
     ),
     "textual": lambda s: sum(s.scalars(text("SELECT balance FROM accounts"))),
 }
+
+
+def test_a_plain_session_is_torn_and_a_snapshot_is_not(bank: Cluster) -> None:
+    plain = read(bank, bank.sessionmaker(), 2)
+    whole = read(bank, bank.snapshot, 2)
+    print(f"plain session: {plain}; snapshots: {whole}")
+    assert plain.torn > 0
+    assert whole.torn == 0
+    assert whole.reads > 20
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -398,10 +363,7 @@ def test_pg_dump_takes_an_exported_snapshot() -> None:
         LocalCluster(2, postgres=DEBIAN, with_redis=False) as local,
         local.cluster() as cluster,
     ):
-        cluster.create_all(Base.metadata)
-        with cluster.sessionmaker().begin() as session:
-            for shard in local.urls:
-                session.add(Account(number=number_on(cluster, shard), balance=TOTAL))
+        open_accounts(cluster)
         with transfers(cluster, 2), cluster.snapshot() as snapshot:
             time.sleep(0.1)
             dumped = sum(

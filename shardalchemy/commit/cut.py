@@ -21,12 +21,12 @@ visible in B of j.
   j, after the last B and before S of j, finds it. Of the transactions that are fresh or
   found prepared, what is not known of a shard is asked for in its open S.
 
-A torn transaction is decided, for it is committed somewhere. The cut is repaired by
-opening S anew on the shards where it is missing, with the old S as base of the new one.
-What the new cut tears, the old one tore or a reopened shard has as fresh: let T be
-visible in the new cut's S of i and not in that of j, and so not in the old S of j. If
-the old S of i shows it, the old cut tore it. If not, i was reopened and T is fresh. So
-the candidates only grow, and what was visible stays so.
+A torn transaction is decided, for it is committed somewhere; so it is only to be waited
+for, or to be helped. The cut is repaired by opening S anew, with the old S of the shard
+as base. What the new cut tears, the old one tore or a shard has as fresh: let T be
+visible in the new S of i and not in that of j, and so not in the old S of j. If the old
+S of i shows it, the old cut tore it. If not, it is fresh on i. So the candidates only
+grow, and what was visible stays so.
 
 Markers are deleted `finisher.RETENTION` seconds after the last participant's commit, or
 later. A cut whose base began less than that ago misses none that matters: where one is
@@ -77,6 +77,7 @@ class Evidence:
         self._candidates: set[str] = set()
         self._visible: dict[str, set[str]] = {s: set() for s in shards.values()}
         self._missing: dict[str, set[str]] = {s: set() for s in shards.values()}
+        self._prepared: dict[str, set[str]] = {s: set() for s in shards.values()}
         self._participants_by_bits: dict[str, tuple[str, ...]] = {}
 
     def opened(
@@ -89,13 +90,20 @@ class Evidence:
         """
         visible = self._visible[shard]
         visible.update(fresh)
+        self._prepared[shard].update(prepared)
         # It was prepared after the base was taken: visible now only if it is fresh.
         self._missing[shard].update(gid for gid in prepared if gid not in visible)
         self._candidates |= visible | self._missing[shard]
 
-    def reopened(self, shard: str, fresh: Iterable[str]) -> None:
-        """Add what *shard* shows in a new snapshot and did not in its last one."""
+    def reopened(
+        self, shard: str, fresh: Iterable[str], prepared: Iterable[str] = ()
+    ) -> None:
+        """Add what *shard* said as it was opened anew, with its last snapshot as base.
+
+        *prepared* counts for `decided` alone, and is what is prepared now.
+        """
         new = set(fresh)
+        self._prepared[shard] = set(prepared)
         self._visible[shard] |= new
         self._missing[shard] -= new
         self._candidates |= new
@@ -126,6 +134,22 @@ class Evidence:
                 found.append(Torn(gid, missing))
         return sorted(found, key=lambda torn: torn.gid)
 
+    def decided(self) -> list[Torn]:
+        """Return what all participants have prepared, and none shows as committed.
+
+        Its client may have been told so already. What takes part on a shard that is not
+        the cut's is left out: nobody knows here whether it has prepared there.
+        """
+        everywhere: set[str] = set().union(*self._prepared.values())
+        found = []
+        for gid in everywhere:
+            shards = self._participants(gid)
+            if len(shards) == _count(gid) and all(
+                gid in self._prepared[s] and gid not in self._visible[s] for s in shards
+            ):
+                found.append(Torn(gid, shards))
+        return sorted(found, key=lambda torn: torn.gid)
+
     def _participants(self, gid: str) -> tuple[str, ...]:
         """Return the cut's shards that take part in *gid*: ``….:<bits>``, as in `Gid`.
 
@@ -134,10 +158,11 @@ class Evidence:
         bits = gid[gid.rfind(":") + 1 :]
         found = self._participants_by_bits.get(bits)
         if found is None:
-            try:
-                number = int(bits, 16)
-            except ValueError:
-                number = 0  # not ours
+            number = int(bits, 16)
             found = tuple(s for n, s in self._shards.items() if number >> n & 1)
             self._participants_by_bits[bits] = found
         return found
+
+
+def _count(gid: str) -> int:
+    return int(gid[gid.rfind(":") + 1 :], 16).bit_count()

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -22,21 +22,18 @@ from sqlalchemy.util import await_only
 from shardalchemy.commit import finisher
 from shardalchemy.commit.cut import Base, Evidence
 from shardalchemy.commit.gate import PATIENCE, Gate
-from shardalchemy.commit.gid import Gid
-from shardalchemy.commit.protocol import Decision
 from shardalchemy.engine import ask_all, broadcast
 from shardalchemy.engine.wire import driver_of, in_transaction, is_lost
 from shardalchemy.errors import SnapshotUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from sqlalchemy import Connection
 
     from shardalchemy.catalog import Topology
     from shardalchemy.commit.counters import Counters
     from shardalchemy.commit.cut import Torn
-    from shardalchemy.commit.recovery import Recovery
     from shardalchemy.engine.broadcast import Rows
 
 __all__ = ["Snapshots"]
@@ -76,18 +73,18 @@ _BASE_IS_RECENT = 0.25
 Without one there is a round trip more; with an old one there are many fresh
 transactions to be looked at.
 """
-_REPAIRS = 24  # of one cut, before the gate is shut for another
+_REPAIRS = 8  # of one cut, before the gate is shut for another
+_GATED_REPAIRS = 24
 _HELP_AFTER = 0.005  # seconds for which a transaction may be torn
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.01
+_SHORTEST_PAUSE = 0.001
 _GATE_PAUSE, _LONGEST_GATE_PAUSE = 0.02, 0.2
 
 
 class Snapshots:
     """Opens snapshots of one cluster; the last one is the base of the next."""
 
-    def __init__(self, counters: Counters, recovery: Recovery) -> None:
+    def __init__(self, counters: Counters) -> None:
         self._counters = counters
-        self._recovery = recovery
         self._last: Base | None = None
 
     def open(
@@ -106,73 +103,55 @@ class Snapshots:
         Raises SnapshotUnavailable, with the connections left in any state.
         """
         shards = _Shards(topology, connections, until)
-        opening = _Opening(shards, self._counters)
-        gated = strict
-        while True:
-            last = self._last
-            if last is not None and not (
-                time.monotonic() - last.began < _BASE_IS_RECENT
-                and last.snapshots.keys() == connections.keys()
-            ):
-                last = None
-            with self._gate(shards, connect) if gated else nullcontext():
-                cut = opening.run(last)
-            if cut is not None:
-                break
-            gated = True
+        opening = _Opening(shards, self._counters, finishes_all=strict)
+        cut = None if strict else opening.run(self._base(connections), _REPAIRS)
+        pause = _GATE_PAUSE
+        while cut is None:
+            with self._gate(shards, connect) as gate:
+                if shards.waits_for(gate.is_shut, PATIENCE):
+                    cut = opening.run(self._base(connections), _GATED_REPAIRS)
+                    # If a gate is open by now, it may have been all the while.
+                    cut = cut if gate.is_shut() else None
+            if cut is None:
+                if time.monotonic() >= until:
+                    raise _never_shut(connections)
+                shards.pause(random.uniform(pause / 2, pause))
+                pause = min(2 * pause, _LONGEST_GATE_PAUSE)
         self._last = cut
         self._counters.add("snapshots")
+
+    def _base(self, connections: Mapping[str, Connection]) -> Base | None:
+        """Return the last cut, if it is recent and of the same shards."""
+        last = self._last
+        if (
+            last is not None
+            and time.monotonic() - last.began < _BASE_IS_RECENT
+            and last.snapshots.keys() == connections.keys()
+        ):
+            return last
+        return None
 
     @contextmanager
     def _gate(
         self, shards: _Shards, connect: Callable[[str], Connection]
-    ) -> Iterator[None]:
-        """Shut the gate of all shards for the length of a ``with`` block."""
-        connections: dict[str, Connection] = {}
+    ) -> Iterator[Gate]:
+        """Ask for the gates of all shards, and open them at the block's end."""
+        holders: dict[str, Connection] = {}
         try:
-            for _, shard in sorted(shards.numbers.items()):
-                connections[shard] = connect(shard)
-            gate = Gate(connections, shards.until)
-            self._shut(gate, shards)
+            for shard in shards.connections:
+                holders[shard] = connect(shard)
+            gate = Gate(holders, shards.connections, shards.until)
             try:
-                yield
+                gate.shut()
+                self._counters.add("snapshot.gates")
+                yield gate
             finally:
                 gate.open()
         finally:
-            for connection in connections.values():
+            for connection in holders.values():
                 if is_lost(driver_of(connection)):
                     connection.invalidate()
                 connection.close()
-
-    def _shut(self, gate: Gate, shards: _Shards) -> None:
-        pause = _GATE_PAUSE
-        while True:
-            waiting = gate.shut()
-            if not waiting:
-                self._counters.add("snapshot.gates")
-                return
-            doubtful = None
-            for shard, branches in gate.in_doubt(waiting, shards.ours).items():
-                for gid in filter(None, map(Gid.parse, branches)):
-                    if not self._decided(gid, shards):
-                        doubtful = _in_doubt(gid, shard)
-            if time.monotonic() + PATIENCE >= shards.until:
-                raise doubtful or _always_busy(waiting)
-            shards.pause(random.uniform(pause / 2, pause))
-            pause = min(2 * pause, _LONGEST_GATE_PAUSE)
-
-    def _decided(self, gid: Gid, shards: _Shards) -> bool:
-        """Have recovery finish or undo what keeps the gate open."""
-        if time.monotonic() >= shards.until:
-            return False
-        resolve = self._recovery.resolve
-        # It waits in ordinary ways, so an event loop has to be let go meanwhile.
-        decision = (
-            await_only(asyncio.to_thread(resolve, gid))
-            if shards.is_async
-            else resolve(gid)
-        )
-        return decision is not Decision.RECOVER
 
 
 class _Shards:
@@ -227,6 +206,15 @@ class _Shards:
                 if not isinstance(getattr(outcome, "orig", None), _DONE_BY_ANOTHER):
                     logger.warning("shard %s: %s", shard, outcome)
 
+    def waits_for(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until *condition* holds; return whether it did so in time."""
+        until = min(time.monotonic() + seconds, self.until)
+        while not condition():
+            if time.monotonic() >= until:
+                return False
+            self.pause(_SHORTEST_PAUSE)
+        return True
+
     def pause(self, seconds: float) -> None:
         """Let time pass, but not beyond the end."""
         seconds = min(seconds, max(0.0, self.until - time.monotonic()))
@@ -249,39 +237,44 @@ class _Shards:
 class _Opening:
     """Opens a cut, and repairs it until it is whole."""
 
-    def __init__(self, shards: _Shards, counters: Counters) -> None:
+    def __init__(
+        self, shards: _Shards, counters: Counters, *, finishes_all: bool
+    ) -> None:
         self._shards = shards
         self._counters = counters
+        self._finishes_all = finishes_all
         self._snapshots: dict[str, str] = {}
         self._torn_since: dict[str, float] = {}
 
-    def run(self, base: Base | None) -> Base | None:
+    def run(self, base: Base | None, repairs: int) -> Base | None:
         """Open a cut that is compared with *base*; return it, or None without success.
 
-        That is where something stays torn, or where it took so long that markers may
-        have been deleted meanwhile.
+        That is where transactions are still torn after so many *repairs*, or where it
+        took so long that markers may have been deleted meanwhile.
         """
         began = time.monotonic()
         evidence = self._open(base) if base is not None else self._open_first()
-        for turn in range(_REPAIRS + 1):
+        for turn in range(repairs + 1):
             self._ask(evidence)
             torn = evidence.torn()
+            if self._finishes_all:
+                torn += evidence.decided()
             if not torn:
                 since = began if base is None else base.began
                 if time.monotonic() - since > finisher.RETENTION / 2:
                     break
                 return Base(dict(self._snapshots), began, is_whole=True)
-            self._counters.add("snapshot.retries")
             if time.monotonic() >= self._shards.until:
                 raise _never_whole(torn[0])
-            self._repair(evidence, torn, turn)
+            if turn < repairs:
+                self._repair(evidence, torn)
         return None
 
     def _open(self, base: Base) -> Evidence:
         """Open all shards, with a cut that was accepted as base."""
         evidence = Evidence(self._shards.numbers, base_is_whole=True)
-        for shard, fresh in self._begin(base.snapshots).items():
-            evidence.opened(shard, fresh)
+        for shard, said in self._begin(base.snapshots, look=self._finishes_all).items():
+            evidence.opened(shard, *said)
         return evidence
 
     def _open_first(self) -> Evidence:
@@ -290,24 +283,23 @@ class _Opening:
         asked = shards.ask(dict.fromkeys(shards.connections, _BASE), anew=True)
         bases = {shard: str(answer[0][0]) for shard, answer in asked.items()}
         evidence = Evidence(shards.numbers, base_is_whole=False)
-        prepared: dict[str, list[str]] = {}
-        for shard, fresh in self._begin(bases, prepared).items():
-            evidence.opened(shard, fresh, prepared[shard])
+        for shard, said in self._begin(bases, look=True).items():
+            evidence.opened(shard, *said)
         return evidence
 
     def _begin(
-        self, bases: Mapping[str, str], prepared: dict[str, list[str]] | None = None
-    ) -> dict[str, list[str]]:
-        """Open a snapshot on each shard of *bases*; return what is fresh in it.
+        self, bases: Mapping[str, str], *, look: bool
+    ) -> dict[str, tuple[list[str], list[str]]]:
+        """Open a snapshot on each shard; return what is fresh in it, against *bases*.
 
-        Where *prepared* is given, what was prepared just before is put in.
+        And what was prepared just before, if there is to be a *look*.
         """
         shards = self._shards
         commands = {}
         for shard, base in bases.items():
             xmin = base.partition(":")[0]
             command = _OPEN.format(xmin=xmin, base=base, ours=shards.ours)
-            if prepared is not None:
+            if look:
                 number = shards.number_of[shard]
                 command = _PREPARED.format(ours=shards.ours, number=number) + command
             commands[shard] = command
@@ -315,9 +307,8 @@ class _Opening:
         for shard, answer in shards.ask(commands, anew=True).items():
             snapshot, fresh = answer[-1]
             self._snapshots[shard] = str(snapshot)
-            found[shard] = _names(fresh)
-            if prepared is not None:
-                prepared[shard] = [b.rpartition("/")[0] for b in _names(answer[0][0])]
+            branches = _names(answer[0][0]) if look else []
+            found[shard] = (_names(fresh), [b.rpartition("/")[0] for b in branches])
         return found
 
     def _ask(self, evidence: Evidence) -> None:
@@ -331,22 +322,28 @@ class _Opening:
             for shard, answer in self._shards.ask(commands).items():
                 evidence.told(shard, questions[shard], _names(answer[0][0]))
 
-    def _repair(self, evidence: Evidence, torn: Sequence[Torn], turn: int) -> None:
-        """Open anew where something is missing that is visible elsewhere."""
+    def _repair(self, evidence: Evidence, torn: Sequence[Torn]) -> None:
+        """Open all shards anew, all at once.
+
+        If only those were opened where something is missing, there would be commits
+        between these and the others: the more of them the longer it takes.
+        """
         now = time.monotonic()
+        since = {t.gid: self._torn_since.get(t.gid, now) for t in torn}
         late: dict[str, list[str]] = {}
         for one in torn:
-            if now - self._torn_since.setdefault(one.gid, now) > _HELP_AFTER:
+            if now - since[one.gid] > _HELP_AFTER:
                 for shard in one.missing:
                     late.setdefault(shard, []).append(one.gid)
-        if turn:
-            pause = _SHORTEST_PAUSE * 2 ** min(turn, 10)
-            self._shards.pause(min(pause, _LONGEST_PAUSE))
         if late:
             self._shards.try_each(_COMMIT_PREPARED, late)
-        bases = {s: self._snapshots[s] for one in torn for s in one.missing}
-        for shard, fresh in self._begin(bases).items():
-            evidence.reopened(shard, fresh)
+        elif since.keys() & self._torn_since.keys():
+            self._shards.pause(_SHORTEST_PAUSE)  # it is not done at once
+        self._torn_since = since
+        self._counters.add("snapshot.retries")
+        bases = dict(self._snapshots)
+        for shard, said in self._begin(bases, look=self._finishes_all).items():
+            evidence.reopened(shard, *said)
 
 
 def _never_whole(torn: Torn) -> SnapshotUnavailable:
@@ -357,18 +354,10 @@ def _never_whole(torn: Torn) -> SnapshotUnavailable:
     )
 
 
-def _in_doubt(gid: Gid, shard: str) -> SnapshotUnavailable:
+def _never_shut(shards: Iterable[str]) -> SnapshotUnavailable:
     return SnapshotUnavailable(
-        f"transaction {gid} is prepared on shard {shard}, and a participant that cannot"
-        " be reached keeps it in doubt. Call cluster.recover() when that is back, or"
-        " leave out strict=True."
-    )
-
-
-def _always_busy(shards: Sequence[str]) -> SnapshotUnavailable:
-    return SnapshotUnavailable(
-        f"shard {', '.join(shards)} has had commits under way all the time, so that the"
-        " gate could not be shut. Give a longer timeout=, or leave out strict=True."
+        f"commits on shards {', '.join(shards)} could not be held up until the snapshot"
+        " was open, within its timeout. Give a longer timeout=."
     )
 
 

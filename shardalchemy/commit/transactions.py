@@ -38,7 +38,7 @@ class Transactions:
         self.counters = Counters()
         self.finisher = Finisher(connect)
         self.recovery = Recovery(connect, topology)
-        self.snapshots = Snapshots(self.counters, self.recovery)
+        self.snapshots = Snapshots(self.counters)
         self._driver = CommitDriver(self.finisher, self.recovery)
 
     def commit(

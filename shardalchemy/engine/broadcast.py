@@ -37,12 +37,13 @@ Rows = list[tuple[str | None, ...]]
 
 def broadcast(
     connections: Mapping[str, Connection],
-    commands: Mapping[str, str],
+    commands: Mapping[str, str | None],
     *,
     until: float | None = None,
 ) -> dict[str, list[str] | Exception]:
     """Send each shard its command; return its command tags, or its error.
 
+    None instead of a command waits for the answer to one that `wire.send` has sent.
     *until* is a moment of ``time.monotonic()``: a connection on which there is no
     answer by then is closed. A Ctrl-C cancels the commands and is raised once every
     server has answered.
@@ -68,7 +69,7 @@ def ask_all(
 
 def _results(
     connections: Mapping[str, Connection],
-    commands: Mapping[str, str],
+    commands: Mapping[str, str | None],
     until: float | None,
 ) -> dict[str, list[PGresult] | Exception]:
     asked = {s: c for s, c in connections.items() if s in commands}
@@ -84,7 +85,7 @@ class _Broadcast:
     def __init__(
         self,
         connections: Mapping[str, Connection],
-        commands: Mapping[str, str],
+        commands: Mapping[str, str | None],
         until: float | None,
     ) -> None:
         self._connections = connections
@@ -98,7 +99,10 @@ class _Broadcast:
         try:
             for shard, connection in self._connections.items():
                 driver = driver_of(connection)
-                running = exchange(driver, self._commands[shard].encode())
+                command = self._commands[shard]
+                running = exchange(
+                    driver, None if command is None else command.encode()
+                )
                 self._advance(shard, driver, running, None)
             while self._waiting:
                 left = None
@@ -121,7 +125,8 @@ class _Broadcast:
             self._outcomes[shard] = stop.value
         except psycopg.Error as error:
             connection = self._connections[shard]
-            self._outcomes[shard] = translated(connection, self._commands[shard], error)
+            command = self._commands[shard] or ""
+            self._outcomes[shard] = translated(connection, command, error)
         else:
             descriptor = driver.pgconn.socket
             self._poll.register(descriptor, EVENTS[int(wanted)])
@@ -139,9 +144,8 @@ class _Broadcast:
         for shard, driver, _ in self._waiting.values():
             driver.pgconn.finish()
             connection = self._connections[shard]
-            self._outcomes[shard] = translated(
-                connection, self._commands[shard], unanswered()
-            )
+            command = self._commands[shard] or ""
+            self._outcomes[shard] = translated(connection, command, unanswered())
 
     def _cancel(self) -> None:
         """Cancel what is waited for; close what does not say so in time."""

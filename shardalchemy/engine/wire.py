@@ -58,9 +58,13 @@ def in_transaction(driver: Driver) -> bool:
     )
 
 
-def exchange(driver: Driver, sql: bytes) -> PQGen[list[PGresult]]:
-    """Send *sql* as one message and yield until its results are there."""
-    driver.pgconn.send_query(sql)
+def exchange(driver: Driver, sql: bytes | None) -> PQGen[list[PGresult]]:
+    """Send *sql* as one message and yield until its results are there.
+
+    None waits for those of a message that has been sent before, by `send`.
+    """
+    if sql is not None:
+        driver.pgconn.send_query(sql)
     results: list[PGresult] = yield from generators.execute(driver.pgconn)
     for result in results:
         if result.status == ExecStatus.FATAL_ERROR:
@@ -79,8 +83,16 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
     return tags(results_of(connection, sql))
 
 
+def send(connection: Connection, sql: str) -> None:
+    """Send *sql*, a short message, and do not wait for anything."""
+    try:
+        driver_of(connection).pgconn.send_query(sql.encode())
+    except psycopg.Error as error:
+        raise translated(connection, sql, error) from error
+
+
 def results_of(
-    connection: Connection, sql: str, until: float | None = None
+    connection: Connection, sql: str | None, until: float | None = None
 ) -> list[PGresult]:
     """Do what `simple_query` does, and return the results as libpq has them.
 
@@ -88,7 +100,7 @@ def results_of(
     which the server has not answered by then is closed.
     """
     driver = driver_of(connection)
-    running = exchange(driver, sql.encode())
+    running = exchange(driver, None if sql is None else sql.encode())
     results: list[PGresult]
     try:
         if isinstance(driver, psycopg.AsyncConnection):
@@ -97,7 +109,7 @@ def results_of(
             with driver.lock:
                 results = driver.wait(running)
     except psycopg.Error as error:
-        raise translated(connection, sql, error) from error
+        raise translated(connection, sql or "", error) from error
     return results
 
 

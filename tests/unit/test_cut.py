@@ -69,7 +69,7 @@ def test_prepared_and_then_committed_before_the_snapshot_is_visible() -> None:
 
 def test_shards_that_the_cut_does_not_have_are_not_looked_at() -> None:
     evidence = Evidence({1: "s1"}, base_is_whole=False)
-    evidence.opened("s1", [gid(1, 2), "someone else's"])
+    evidence.opened("s1", [gid(1, 2)])
     assert evidence.questions() == {}
     assert evidence.torn() == []
 

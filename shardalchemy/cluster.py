@@ -33,6 +33,7 @@ from shardalchemy.locks import RowLocks
 from shardalchemy.retry import ATTEMPTS, TIMEOUT, run, run_async
 from shardalchemy.schema import Kind, checked, placement_of
 from shardalchemy.session import ShardedSession, sessions_of
+from shardalchemy.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -291,6 +292,40 @@ class Cluster:
         """Do what `run` does with ``await fn(session)``, in an async session."""
         maker: Any = sessionmaker or self.async_sessionmaker()
         return await run_async(self, fn, maker, attempts=attempts, timeout=timeout)
+
+    def snapshot(
+        self, *, timeout: float = 10.0, strict: bool = False, **options: Any
+    ) -> Snapshot:
+        """Return a read-only session of one moment of all shards, for ``with``.
+
+            with cluster.snapshot() as session:
+                session.scalar(select(func.sum(Account.balance)))
+
+        ``async with`` gives an async one. It has a transaction on every shard from the
+        start, REPEATABLE READ and READ ONLY, and ends with it: after a commit, rollback
+        or close a statement raises `SnapshotOver`. ``session.export()`` returns what
+        ``pg_dump --snapshot=`` takes. *timeout* is how many seconds the opening may
+        take; connecting to a server takes as long as ``connect_timeout`` lets it.
+        *options* are those of a session.
+
+        What is promised: a transaction over several shards is wholly visible or not at
+        all; on each shard there is the one moment that PostgreSQL's REPEATABLE READ
+        gives; and what has returned from its commit is visible, but with
+        ``ack="prepared"`` perhaps not yet. What is not: an order between transactions
+        on different shards. Of two, each on one shard, the later may be visible and the
+        earlier not, if both commit while the snapshot is opened.
+
+        With *strict* they are in order as well: no transaction of a ShardedSession
+        commits on any shard while the snapshot is opened, and all that had returned
+        before is visible, whatever its ``ack``. Commits wait meanwhile, some
+        milliseconds, and never over a tenth of a second at a time; there is a second
+        connection to each shard so long. Transactions past shardalchemy are not in that
+        order, nor those of sessions that have used unannotated models alone.
+
+        Raises SnapshotUnavailable if a shard cannot be reached, or the timeout passes.
+        SnapshotReadOnly is what a write in the session raises.
+        """
+        return Snapshot(self, timeout=timeout, strict=strict, options=options)
 
     def _engines_for(self, is_async: bool) -> Bindings:
         return self._async if is_async else self._sync

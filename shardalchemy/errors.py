@@ -21,6 +21,9 @@ __all__ = [
     "ScatterWarning",
     "ShardAlchemyError",
     "ShardKeyError",
+    "SnapshotOver",
+    "SnapshotReadOnly",
+    "SnapshotUnavailable",
     "StatementTimeout",
     "TopologyChanged",
     "TransactionAborted",
@@ -92,6 +95,18 @@ class PreparedSlotsExhausted(ShardAlchemyError, sa_exc.OperationalError):
 
 class LockTimeout(ShardAlchemyError, sa_exc.TimeoutError):
     """A lock was not obtained within its timeout."""
+
+
+class SnapshotUnavailable(ShardAlchemyError, sa_exc.TimeoutError):
+    """A snapshot could not be opened on every shard within its timeout."""
+
+
+class SnapshotOver(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A snapshot's transactions have ended; what it showed cannot be had again."""
+
+
+class SnapshotReadOnly(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A write was asked of a snapshot."""
 
 
 class StatementTimeout(ShardAlchemyError, sa_exc.OperationalError):

@@ -14,7 +14,9 @@ alone leaves a marker too, in the message of its COMMIT, so that the loss of the
 can be resolved in the same way.
 
 `gid` is the name a transaction carries on every participant; `listing` says what is
-prepared, and what recovery waits for.
+prepared, and what recovery waits for. `snapshot` opens a snapshot of all shards in
+which no transaction is torn; `cut` says how that is known, and `gate` is what it may
+shut.
 """
 
 from shardalchemy.commit.counters import Counters
@@ -22,6 +24,7 @@ from shardalchemy.commit.driver import Ack, Commit
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.listing import Listing, PreparedTransaction
 from shardalchemy.commit.recovery import RecoveryReport
+from shardalchemy.commit.snapshot import Snapshots
 from shardalchemy.commit.transactions import Transactions
 
 __all__ = [
@@ -32,5 +35,6 @@ __all__ = [
     "Listing",
     "PreparedTransaction",
     "RecoveryReport",
+    "Snapshots",
     "Transactions",
 ]

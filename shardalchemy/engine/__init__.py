@@ -10,7 +10,7 @@ all sessions wait.
 """
 
 from shardalchemy.engine.beside import Beside, unpooled
-from shardalchemy.engine.broadcast import broadcast
+from shardalchemy.engine.broadcast import ask_all, broadcast
 from shardalchemy.engine.deadline import Deadline
 from shardalchemy.engine.ended import end_of
 from shardalchemy.engine.engines import Bindings, ShardEngines
@@ -24,6 +24,7 @@ __all__ = [
     "Deadline",
     "OneAtATime",
     "ShardEngines",
+    "ask_all",
     "attempt_all",
     "broadcast",
     "end_of",

@@ -56,7 +56,8 @@ class SnapshotTransaction(ShardedTransaction):
                 f"{bind!r} is no shard of this snapshot. Use a session of its own for"
                 " what is not on the cluster's shards."
             )
-        return super()._connection_for_bind(bind, execution_options)
+        connection: Connection = super()._connection_for_bind(bind, execution_options)
+        return connection
 
     def _written(self, connections: Mapping[str, Connection]) -> list[str]:
         return []

@@ -98,12 +98,14 @@ class _Broadcast:
     def run(self) -> dict[str, list[PGresult] | Exception]:
         try:
             for shard, connection in self._connections.items():
-                driver = driver_of(connection)
+                driver: Any = driver_of(connection)
                 command = self._commands[shard]
                 running = exchange(
                     driver, None if command is None else command.encode()
                 )
-                self._advance(shard, driver, running, None)
+                # Not while another thread cancels what this connection did before.
+                with driver.lock:
+                    self._advance(shard, driver, running, None)
             while self._waiting:
                 left = None
                 if self._until is not None:

@@ -29,7 +29,9 @@ __all__ = [
     "in_failed_transaction",
     "in_transaction",
     "is_lost",
+    "rows",
     "simple_query",
+    "simple_rows",
 ]
 
 Driver = psycopg.Connection[object] | psycopg.AsyncConnection[object]
@@ -81,6 +83,11 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
     On an async connection it must be called within SQLAlchemy's greenlet.
     """
     return tags(results_of(connection, sql))
+
+
+def simple_rows(connection: Connection, sql: str) -> list[tuple[str | None, ...]]:
+    """Do the same; return the rows of all results, each value as PostgreSQL's text."""
+    return rows(results_of(connection, sql))
 
 
 def send(connection: Connection, sql: str) -> None:

@@ -17,9 +17,13 @@ __all__ = [
     "DeclarationError",
     "LocalServerError",
     "LockTimeout",
+    "PreparedSlotsExhausted",
     "ScatterWarning",
     "ShardAlchemyError",
     "ShardKeyError",
+    "SnapshotOver",
+    "SnapshotReadOnly",
+    "SnapshotUnavailable",
     "StatementTimeout",
     "TopologyChanged",
     "TransactionAborted",
@@ -80,8 +84,29 @@ class CommitOutcomeUnknown(ShardAlchemyError, sa_exc.InvalidRequestError):
         self.gid = gid
 
 
+class PreparedSlotsExhausted(ShardAlchemyError, sa_exc.OperationalError):
+    """A shard has no room for another prepared transaction; nothing was committed.
+
+    ``orig`` is what PostgreSQL said to PREPARE TRANSACTION.
+    """
+
+    code = ""  # no page of SQLAlchemy's says more
+
+
 class LockTimeout(ShardAlchemyError, sa_exc.TimeoutError):
     """A lock was not obtained within its timeout."""
+
+
+class SnapshotUnavailable(ShardAlchemyError, sa_exc.TimeoutError):
+    """A snapshot could not be opened on every shard within its timeout."""
+
+
+class SnapshotOver(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A snapshot's transactions have ended; what it showed cannot be had again."""
+
+
+class SnapshotReadOnly(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A write was asked of a snapshot."""
 
 
 class StatementTimeout(ShardAlchemyError, sa_exc.OperationalError):

@@ -30,6 +30,7 @@ from shardalchemy.errors import (
 from shardalchemy.explain import explained
 from shardalchemy.flush import RowConnections, order_new_by_shard
 from shardalchemy.guards import bounded
+from shardalchemy.isolation import checked_level
 from shardalchemy.routing import (
     check_not_a_copy,
     destination,
@@ -39,6 +40,7 @@ from shardalchemy.schema import Kind, placement_of
 from shardalchemy.settings import Settings
 from shardalchemy.statements import RouteLast, run_statement
 from shardalchemy.transaction import ShardedTransaction, check_not_failed
+from shardalchemy.unpreparable import Unpreparable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +75,14 @@ class ShardedSession(Session):
     ``ack="prepared"`` returns from a cross-shard commit once it is decided, before
     every shard has carried it out; this session waits for that before it uses those
     shards again, and so does one made with ``after=`` its `commit_token`.
+
+    ``isolation_level="SERIALIZABLE"``, or ``"REPEATABLE READ"``, is that of its
+    transactions on every shard that they touch; so is what the first
+    ``session.connection(execution_options={"isolation_level": …})`` of a transaction
+    says. Each shard is serializable by itself, and a serialization failure on one, also
+    while it prepares, rolls back all. There is no serial order over all shards, and
+    each is seen as it was when the transaction first came to it: for reads of one
+    moment use ``cluster.snapshot()``. ``"AUTOCOMMIT"`` is for one shard at a time.
     """
 
     # What the watching of waits has found; set in its thread.
@@ -86,6 +96,7 @@ class ShardedSession(Session):
         cluster: Cluster,
         ack: Ack | None = None,
         after: str | None = None,
+        isolation_level: str | None = None,
         is_async: bool = False,
         **options: Any,
     ) -> None:
@@ -115,8 +126,17 @@ class ShardedSession(Session):
         self._turns: list[Any] = []
         self._began_at: str | None = None
         self._settings = Settings()
+        self._unpreparable = Unpreparable()
         self._scattered: ScatterCount = {}
         self._deadline: Deadline | None = None
+        whole = options.get("execution_options")  # SQLAlchemy 2.1 takes them
+        if isolation_level is None and whole:
+            isolation_level = whole.get("isolation_level")
+        self._isolation_level = (
+            None if isolation_level is None else checked_level(isolation_level)
+        )
+        # Whether any shard may have been asked to commit, ever; for `retry`.
+        self._commit_began = False
         super().__init__(**options)
 
     @property
@@ -158,6 +178,8 @@ class ShardedSession(Session):
             engine, execution_options, **kw
         )
         check_not_failed(self, connection)
+        if self._unpreparable:
+            self._check_preparable(engine)
         if self._deadline is not None:
             shard = self._names.get(connection.engine)
             if shard is not None:
@@ -174,6 +196,28 @@ class ShardedSession(Session):
         for shard, connection in self._connections_in_use().items():
             self._settings.repeat(shard, connection)
         return result
+
+    def _note_obstacle(
+        self, statement: Any, shard: str | None, analysis: Analysis | None
+    ) -> None:
+        """Note what keeps the transaction on *shard* from being prepared, if it does.
+
+        *analysis* is None where an option has named the shard.
+        """
+        if analysis is not None:
+            obstacle = analysis.obstacle
+        else:
+            from shardalchemy.planner import obstacle_of
+
+            obstacle = obstacle_of(statement)
+        if obstacle is not None:
+            where = shard or self._topology().home
+            self._unpreparable.add(where, obstacle, self._written_shards)
+
+    def _check_preparable(self, engine: Engine | Connection) -> None:
+        if self.connection_callable is not None:  # a flush, which writes
+            self._written_shards.add(self._names[engine.engine])
+        self._unpreparable.check(self._written_shards)
 
     def _connections_in_use(self) -> dict[str, Connection]:
         transaction = self._transaction
@@ -227,6 +271,7 @@ class ShardedSession(Session):
         self._written_shards.clear()
         self._began_at = None
         self._settings.clear()
+        self._unpreparable.clear()
         self._scattered.clear()
         self._deadlock = None
         while self._turns:
@@ -297,6 +342,7 @@ class ShardedSession(Session):
         bind_arguments = how.get("bind_arguments")
         if bind_arguments and "shard" in bind_arguments:
             check_not_a_copy(statement)
+            self._note_obstacle(statement, bind_arguments["shard"], None)
             return self._run_routed(
                 lambda _: run_here(statement, params, **how),
                 bind_arguments["shard"],

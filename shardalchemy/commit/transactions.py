@@ -16,6 +16,7 @@ from shardalchemy.commit.housekeeping import Housekeeping
 from shardalchemy.commit.indoubt import InDoubt
 from shardalchemy.commit.patrol import Patrol
 from shardalchemy.commit.recovery import Recovery, RecoveryReport
+from shardalchemy.commit.snapshot import Snapshots
 from shardalchemy.commit.waits import Waits
 from shardalchemy.engine import unpooled
 
@@ -58,6 +59,7 @@ class Transactions:
             self.counters,
         )
         self.waits = Waits(sessions, connect_beside, topology, in_doubt, self.counters)
+        self.snapshots = Snapshots(self.counters)
         self._driver = CommitDriver(self.finisher, self.recovery, self.counters)
 
     def commit(

@@ -54,6 +54,8 @@ class ShardEngines:
         self._lock = threading.Lock()
         for name, shard in shards.items():
             self._add(name, shard)
+        if len(self._urls) > 1:
+            self._refuse_autocommit(engine_options)
 
     def _add(self, name: str, shard: Any) -> None:
         if isinstance(shard, Engine | Connection):
@@ -70,6 +72,27 @@ class ShardEngines:
                 url = url.set(drivername="postgresql+psycopg")
             _require_psycopg(name, url)
             self._urls[name] = url
+
+    def _refuse_autocommit(self, engine_options: Mapping[str, Any]) -> None:
+        given: dict[str, Any] = {s: e.sync_engine for s, e in self._async.items()}
+        given.update(self._sync)
+        for name in self._urls:
+            bind = given.get(name)
+            if bind is None:
+                levels = [
+                    engine_options.get("isolation_level"),
+                    engine_options.get("execution_options", {}).get("isolation_level"),
+                ]
+            else:
+                levels = [
+                    bind.dialect._on_connect_isolation_level,
+                    bind.get_execution_options().get("isolation_level"),
+                ]
+            if "AUTOCOMMIT" in levels:
+                raise ConfigurationError(
+                    f"shard {name} has isolation_level AUTOCOMMIT, in which nothing can"
+                    " be committed on several shards together. Leave it out."
+                )
 
     @property
     def names(self) -> tuple[str, ...]:

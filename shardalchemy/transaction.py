@@ -28,6 +28,7 @@ from shardalchemy.engine.wire import (
 )
 from shardalchemy.errors import TransactionAborted, TransactionFailed
 from shardalchemy.flush import RowConnections
+from shardalchemy.isolation import connection_options
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind
 from shardalchemy.secondary import SecondaryRows
@@ -88,6 +89,14 @@ class _Routed(SessionTransaction):
 class ShardedTransaction(_Routed):
     """The root transaction of a `ShardedSession`."""
 
+    _options: Mapping[str, Any] | None = None
+    """What its connections are opened with, once there is one."""
+
+    def _connection_for_bind(self, bind: Any, execution_options: Any) -> Any:
+        if bind not in self._connections:
+            execution_options = connection_options(self, bind, execution_options)
+        return super()._connection_for_bind(bind, execution_options)
+
     @_StateChange.declare_states(
         (SessionTransactionState.ACTIVE,), SessionTransactionState.PREPARED
     )
@@ -101,6 +110,7 @@ class ShardedTransaction(_Routed):
             if len(connections) > 1:
                 self._commit_together(connections)
             else:
+                self.session._commit_began = True
                 self._commit_alone(*connections.popitem())
         except BaseException:
             self._give_up_lost()
@@ -173,6 +183,7 @@ class ShardedTransaction(_Routed):
                 )
         written = self._written(connections)
         self.session._unpreparable.check(written)
+        self.session._commit_began = True
         if len(written) > 1:
             self.session._commit_on({s: connections[s] for s in written})
             connections = {s: c for s, c in connections.items() if s not in written}

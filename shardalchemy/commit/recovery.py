@@ -48,8 +48,12 @@ _ORPHANS = """
     WHERE database = current_database() AND gid LIKE '{ours}'
       AND prepared < clock_timestamp() - make_interval(secs => {grace})
 """
+# What is prepared is there to be seen before a synchronous standby has it, and a commit
+# elsewhere that follows from it could not be undone if the standby took over. Ending a
+# transaction that has written to the log waits for all that the standby lacks.
 _PREPARED = """
-    SELECT gid FROM pg_prepared_xacts
+    SELECT gid, pg_logical_emit_message(true, 'shardalchemy', '')
+    FROM pg_prepared_xacts
     WHERE database = current_database() AND gid = ANY ('{{{branches}}}')
 """
 _FENCE = """
@@ -251,7 +255,7 @@ def _ask(
         if looking := asked(Request.LOOK):
             branches = ",".join(gid.on(number) for gid in looking)
             found = simple_rows(connection, _PREPARED.format(branches=branches))
-            prepared = {gid for (gid,) in found}
+            prepared = {gid for gid, _ in found}
             for gid in looking:
                 here = gid.on(number) in prepared
                 replies[gid] = Reply.PREPARED if here else Reply.ABSENT

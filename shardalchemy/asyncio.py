@@ -43,6 +43,11 @@ class AsyncShardedSession(AsyncSession):
     def bind(self, value: object) -> None:
         """Ignore what AsyncSession sets: the cluster decides."""
 
+    @property
+    def commit_token(self) -> str | None:
+        """What another session takes as ``after=``; `ShardedSession.commit_token`."""
+        return self.sync_session.commit_token
+
     async def run_sync(
         self,
         fn: Callable[Concatenate[ShardedSession, P], R],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from sqlalchemy import Table, inspect
+from sqlalchemy import Connection, Table, inspect
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.util import greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
@@ -32,13 +32,12 @@ from shardalchemy.session import ShardedSession
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from concurrent.futures import Future
 
-    from sqlalchemy import URL, Connection, Engine, MetaData
+    from sqlalchemy import URL, Engine, MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
     from shardalchemy.asyncio import AsyncShardedSession
-    from shardalchemy.commit import Ack, RecoveryReport, Transactions
+    from shardalchemy.commit import Ack, Commit, RecoveryReport, Transactions
     from shardalchemy.guards import Scatter
     from shardalchemy.planner import Analyser, Plan
 
@@ -68,6 +67,12 @@ class Cluster:
     executed until all shards have answered: past it, it is cancelled on every shard and
     raises `StatementTimeout`. ``execution_options(timeout=…)`` says otherwise, None for
     no bound. Flushes, commits and the later rows of a streamed result take their time.
+    *recover_in_background* lets a thread of this process look every few seconds for
+    transactions that other processes have left prepared, and finish them.
+    *resolve_commits* lets a commit on one shard leave a marker, as those on several do,
+    in the message of its COMMIT: if the reply is lost, it is known all the same whether
+    it has committed. Without it that is an error of the connection, as in a plain
+    ``Session``.
     Other options are passed to ``create_engine`` for each shard: ``pool_size``,
     ``max_overflow``, ``echo``, ``connect_args``.
 
@@ -90,6 +95,8 @@ class Cluster:
         scatter: Scatter = "allow",
         scatter_loop: int = 100,
         statement_timeout: float | None = None,
+        recover_in_background: bool = True,
+        resolve_commits: bool = True,
         **engine_options: Any,
     ) -> None:
         if not shards:
@@ -103,6 +110,10 @@ class Cluster:
         self.gather_max_rows = gather_max_rows
         self.statement_timeout = checked_timeout(
             statement_timeout, "Cluster(statement_timeout=…)"
+        )
+        self.resolve_commits = resolve_commits
+        self._recover_in_background = recover_in_background and not any(
+            isinstance(shard, Connection) for shard in shards.values()
         )
         self._scatter_guard = ScatterGuard(scatter, scatter_loop)
         self._shards = ShardEngines(
@@ -248,7 +259,13 @@ class Cluster:
                 " cluster.create_all(metadata) once, which brings it up to date."
             )
         self._known = topology
+        self._open(topology)
         return topology
+
+    def _open(self, topology: Topology) -> None:
+        """Begin what goes on in the background for a cluster of several shards."""
+        if self._recover_in_background and len(topology.shards) > 1:
+            self._transactions.patrol.start()
 
     def shard_for(self, entity: Any, key: Any) -> str:
         """Return the name of the shard on which rows with this shard key live.
@@ -280,12 +297,13 @@ class Cluster:
 
     # -- commits ---------------------------------------------------------------------
 
-    def _commit(
-        self, connections: Mapping[str, Connection], ack: Ack
-    ) -> Future[None] | None:
-        topology = self._known
-        assert topology is not None
-        return self._transactions.commit(topology, connections, ack)
+    def _commit(self, connections: Mapping[str, Connection], ack: Ack) -> Commit:
+        assert self._known is not None
+        return self._transactions.commit(self._known, connections, ack)
+
+    def _commit_alone(self, shard: str, connection: Connection) -> None:
+        assert self._known is not None
+        self._transactions.commit_alone(self._known, shard, connection)
 
     def recover(self, *, grace: float = 60.0) -> RecoveryReport:
         """Finish what crashed processes have left prepared.

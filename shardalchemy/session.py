@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy import Connection, Engine, Table, inspect
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.session import SessionTransactionOrigin
-from sqlalchemy.util import EMPTY_DICT, await_only, immutabledict
+from sqlalchemy.util import EMPTY_DICT, immutabledict
 
 from shardalchemy.assembly import COMPILED, OneCompiled
 from shardalchemy.bulk import save_in_bulk
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from shardalchemy.engine import Deadline
     from shardalchemy.guards import ScatterCount
     from shardalchemy.planner import Analysis, Plan
+    from shardalchemy.visibility import Unseen
     from shardalchemy.writes import Part
 
 __all__ = ["ShardedSession"]
@@ -68,7 +69,7 @@ class ShardedSession(Session):
     Takes what ``sqlalchemy.orm.Session`` takes, but for ``bind`` and ``twophase``.
     ``ack="prepared"`` returns from a cross-shard commit once it is decided, before
     every shard has carried it out; this session waits for that before it uses those
-    shards again.
+    shards again, and so does one made with ``after=`` its `commit_token`.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class ShardedSession(Session):
         *,
         cluster: Cluster,
         ack: Ack | None = None,
+        after: str | None = None,
         is_async: bool = False,
         **options: Any,
     ) -> None:
@@ -102,7 +104,7 @@ class ShardedSession(Session):
         self._routed: str | None = None
         self._copies: Any = None
         self._written_shards: set[str] = set()
-        self._unfinished: dict[str, Any] = {}
+        self._unseen: Unseen | None = None if after is None else _unseen(after)
         self._turns: list[Any] = []
         self._began_at: str | None = None
         self._settings = Settings()
@@ -140,8 +142,10 @@ class ShardedSession(Session):
     def _connection_for_bind(
         self, engine: Engine | Connection, execution_options: Any = None, **kw: Any
     ) -> Connection:
-        if self._unfinished:
-            self._wait_until_finished(self._names.get(engine.engine))
+        if self._unseen:
+            shard = self._names.get(engine.engine)
+            if shard is not None and shard not in self._connections_in_use():
+                self._unseen.wait(shard, self._engines, self._cluster)
         connection: Connection = super()._connection_for_bind(
             engine, execution_options, **kw
         )
@@ -175,20 +179,15 @@ class ShardedSession(Session):
 
     def _commit_on(self, connections: Mapping[str, Connection]) -> None:
         """Commit shards that have all been written on; for `ShardedTransaction`."""
-        done = self._cluster._commit(connections, self._ack)
-        if done is not None:
-            self._unfinished.update(dict.fromkeys(connections, done))
+        commit = self._cluster._commit(connections, self._ack)
+        if commit.done is not None:
+            if self._unseen is None:
+                self._unseen = _unseen(None)
+            self._unseen.add(commit.gid, commit.done, self._topology())
 
-    def _wait_until_finished(self, shard: str | None) -> None:
-        """Wait until this session's last commit has reached *shard*."""
-        done = None if shard is None else self._unfinished.pop(shard, None)
-        if done is not None and not done.done():
-            if self._is_async:
-                import asyncio
-
-                await_only(asyncio.wrap_future(done))
-            else:
-                done.result()
+    def _commit_alone(self, shard: str, connection: Connection) -> None:
+        """Commit the one shard that has been written on; for `ShardedTransaction`."""
+        self._cluster._commit_alone(shard, connection)
 
     def _forget_transaction(self) -> None:
         """Let others have the rows' turns; for `ShardedTransaction` at its end."""
@@ -343,6 +342,17 @@ class ShardedSession(Session):
 
     # -- beyond Session ----------------------------------------------------------------
 
+    @property
+    def commit_token(self) -> str | None:
+        """What another session, in any process, takes as ``after=`` to see all of this.
+
+        It names the commits over several shards of this session, and those that it was
+        itself made ``after``, which some shard may not show yet; None if there are
+        none. It is short text of letters, digits, ``:`` and ``,``, fit for a header or
+        a cookie.
+        """
+        return None if self._unseen is None else self._unseen.token
+
     def explain(
         self,
         statement: Any,
@@ -377,3 +387,10 @@ class ShardedSession(Session):
         """
         row: T = self._cluster._row_locks.lock(self, entity, ident, timeout)
         return row
+
+
+def _unseen(after: str | None) -> Unseen:
+    # Imported by the first that needs it, and with it the commit protocol.
+    from shardalchemy.visibility import Unseen
+
+    return Unseen(after)

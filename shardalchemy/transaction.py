@@ -93,10 +93,13 @@ class ShardedTransaction(_Routed):
         with self._expect_state(SessionTransactionState.PREPARED):
             super()._prepare_impl()
         connections = self._own_connections()
-        if len(connections) < 2:
-            return  # SQLAlchemy's COMMIT on the one connection is all there is to do
+        if not connections:
+            return
         try:
-            self._commit_together(connections)
+            if len(connections) > 1:
+                self._commit_together(connections)
+            else:
+                self._commit_alone(*connections.popitem())
         except BaseException:
             self._give_up_lost()
             with self._expect_state(SessionTransactionState.CLOSED):
@@ -136,6 +139,18 @@ class ShardedTransaction(_Routed):
             and connection.engine in names
         }
 
+    def _commit_alone(self, shard: str, connection: Connection) -> None:
+        # SQLAlchemy's own COMMIT is all there is to do where nothing sharded was
+        # written, and where it says why it cannot be done.
+        driver = driver_of(connection)
+        if (
+            shard in self.session._written_shards
+            and not is_lost(driver)
+            and not in_failed_transaction(driver)
+            and self.session._cluster.resolve_commits
+        ):
+            self.session._commit_alone(shard, connection)
+
     def _commit_together(self, connections: Mapping[str, Connection]) -> None:
         # In the order of their names, so that transactions that meet meet in one order.
         connections = dict(sorted(connections.items()))
@@ -149,10 +164,17 @@ class ShardedTransaction(_Routed):
         if len(written) > 1:
             self.session._commit_on({s: connections[s] for s in written})
             connections = {s: c for s, c in connections.items() if s not in written}
-            _end(connections, writer=None, decided=True)
+            _end(connections, decided=True)
+        elif written:
+            (writer,) = written
+            connection = connections.pop(writer)
+            if self.session._cluster.resolve_commits:
+                self.session._commit_alone(writer, connection)
+            else:
+                _end({writer: connection}, decided=False)
+            _end(connections, decided=True)
         else:
-            writer = next(iter(written), None)
-            _end(connections, writer, decided=writer is not None)
+            _end(connections, decided=False)
 
     def _written(self, connections: Mapping[str, Connection]) -> list[str]:
         """Return the shards on which the transaction has an id, having written."""
@@ -194,13 +216,11 @@ def check_not_failed(session: ShardedSession, connection: Connection) -> None:
             raise error
 
 
-def _end(
-    connections: Mapping[str, Connection], writer: str | None, *, decided: bool
-) -> None:
-    """Commit shards of which at most *writer* has written: no protocol is needed.
+def _end(connections: Mapping[str, Connection], *, decided: bool) -> None:
+    """End the transactions of shards on which nothing was written.
 
-    Where the outcome is *decided* by writes, a reader's failure to end changes nothing
-    for the caller any more.
+    Where the outcome is *decided* by writes elsewhere, a failure to end one changes
+    nothing for the caller any more.
     """
 
     def commit(shard: str, connection: Connection) -> None:
@@ -216,7 +236,7 @@ def _end(
     outcomes = attempt_all(commit, connections)
     for shard, outcome in outcomes.items():
         if isinstance(outcome, Exception):
-            if shard == writer or not decided:
+            if not decided:
                 raise outcome
             logger.warning("shard %s, only read from, did not end: %s", shard, outcome)
 

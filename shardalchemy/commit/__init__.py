@@ -5,15 +5,21 @@
 2. On all at once: ``COMMIT PREPARED``. With ``ack="prepared"`` the caller does not wait
    for this step; `finisher` carries it out, repeats what fails, and deletes markers.
 3. What a crash or a lost reply leaves behind, `recovery` decides by looking at each
-   participant, in any process, with nobody's memory (`protocol` says how).
+   participant, in any process, with nobody's memory; `patrol` does so in the
+   background. `housekeeping` removes the markers of processes that are gone.
+
+What is asked of whom, and what follows from each answer, is in `protocol`, without I/O:
+`driver` and `recovery` only carry it out. A transaction that has written on one shard
+alone leaves a marker too, in the message of its COMMIT, so that the loss of the reply
+can be resolved in the same way.
 
 `gid` is the name a transaction carries on every participant.
 """
 
 from shardalchemy.commit.counters import Counters
-from shardalchemy.commit.driver import Ack
+from shardalchemy.commit.driver import Ack, Commit
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.recovery import RecoveryReport
 from shardalchemy.commit.transactions import Transactions
 
-__all__ = ["Ack", "Counters", "Gid", "RecoveryReport", "Transactions"]
+__all__ = ["Ack", "Commit", "Counters", "Gid", "RecoveryReport", "Transactions"]

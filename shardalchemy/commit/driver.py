@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import psycopg
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
 from shardalchemy.commit.gid import Gid
-from shardalchemy.commit.protocol import Decision, Reply, decide
+from shardalchemy.commit.protocol import Coordinator, Decision, Reply, Request
 from shardalchemy.engine import broadcast
-from shardalchemy.engine.wire import driver_of, is_lost
+from shardalchemy.engine.wire import driver_of, is_lost, simple_query
 from shardalchemy.errors import CommitOutcomeUnknown, TransactionAborted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from concurrent.futures import Future
 
     from sqlalchemy import Connection
 
+    from shardalchemy.commit.counters import Counters
     from shardalchemy.commit.finisher import Finisher
     from shardalchemy.commit.recovery import Recovery
 
-__all__ = ["Ack", "CommitDriver"]
+__all__ = ["Ack", "Commit", "CommitDriver"]
 
 Ack = Literal["committed", "prepared"]
 """When a commit returns: after COMMIT PREPARED everywhere, or once it is decided."""
@@ -32,20 +36,47 @@ Ack = Literal["committed", "prepared"]
 logger = logging.getLogger(__name__)
 
 # A gid holds only [0-9a-f:/], so it stands in these literals as it is.
-_PREPARE = (
-    "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'committed');"
-    " PREPARE TRANSACTION '{branch}'"
-)
-_COMMIT = "COMMIT PREPARED '{branch}'"
-_ROLLBACK = "ROLLBACK PREPARED '{branch}'"
+_MARKER = "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'committed')"
+_COMMANDS = {
+    Request.PREPARE: _MARKER + "; PREPARE TRANSACTION '{branch}'",
+    Request.COMMIT: "COMMIT PREPARED '{branch}'",
+    Request.ROLLBACK: "ROLLBACK PREPARED '{branch}'",
+}
+_COMMIT_ALONE = _MARKER + "; COMMIT"
+
+_FORGOTTEN_AFTER = 30.0
+"""Seconds after which finding no marker is no proof that a commit did not happen.
+
+Half of what `housekeeping` leaves others' markers for.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit over several shards that is decided.
+
+    ``done`` has a result once every shard has carried it out, None if all have.
+    """
+
+    gid: Gid
+    done: Future[None] | None
 
 
 class CommitDriver:
-    """Commits transactions of one cluster whose writes are on several shards."""
+    """Commits transactions of one cluster on connections of the sessions that ran them.
 
-    def __init__(self, finisher: Finisher, recovery: Recovery) -> None:
+    Every shard that is given has been written on. After either method the transactions
+    are over, unless it has raised something else than this library's or the server's
+    errors. A lost reply becomes one of three things: nothing, for the transaction has
+    committed; TransactionAborted, for no shard holds any of it; CommitOutcomeUnknown.
+    """
+
+    def __init__(
+        self, finisher: Finisher, recovery: Recovery, counters: Counters
+    ) -> None:
         self._finisher = finisher
         self._recovery = recovery
+        self._counters = counters
 
     def commit(
         self,
@@ -53,72 +84,112 @@ class CommitDriver:
         numbers: Mapping[str, int],
         connections: Mapping[str, Connection],
         ack: Ack,
-    ) -> Future[None] | None:
-        """Commit the open transactions of *connections*, which all have written.
+    ) -> Commit:
+        """Commit the open transactions of several *connections* together.
 
         *cluster* is the cluster's id and *numbers* the shards' permanent numbers.
-        Returns, with ``ack="prepared"``, what is done when every shard has committed.
         Raises the first refusal's error, with nothing left on any shard; or
         CommitOutcomeUnknown where a reply was lost and a participant stays away.
         """
+        began = time.monotonic()
         gid = Gid.new(cluster, (numbers[shard] for shard in connections))
         branches = {shard: gid.on(numbers[shard]) for shard in connections}
+        machine = Coordinator.of(connections)
         replies, errors = _prepare(gid, branches, connections)
-        decision = decide(replies.values())
-        if decision is Decision.COMMIT:
-            if ack == "prepared":
-                return self._finisher.commit(gid, branches, marked=branches)
-            failed = _settle(_COMMIT, branches, connections)
-            if failed:
+        machine = machine.after(replies)
+        decision = machine.decision
+        if decision is Decision.RECOVER:
+            lost = [s for s, reply in replies.items() if reply is Reply.LOST]
+            is_async = next(iter(connections.values())).dialect.is_async
+            self._recover(gid, lost, errors[lost[0]], began, is_async=is_async)
+        elif decision is Decision.COMMIT and ack == "prepared":
+            done = self._finisher.commit(gid, branches, marked=branches)
+            self._counters.add(f"commits.{len(connections)}")
+            return Commit(gid, done)
+        else:
+            machine = machine.after(_settle(machine.requests, branches, connections))
+            left = {shard: branches[shard] for shard in machine.requests}
+            if decision is Decision.ABORT:
+                self._counters.add("aborts")
+                if left:
+                    self._finisher.roll_back(gid, left)
+                raise next(errors[s] for s, r in replies.items() if r is Reply.REFUSED)
+            if left:
                 # It is committed all the same: every participant has promised. Until
                 # the last has kept it, the markers of the others are its only proof.
-                logger.warning("%s: COMMIT PREPARED is repeated on %s", gid, failed)
-                left = {s: branches[s] for s in failed}
+                logger.warning("%s: COMMIT PREPARED is repeated on %s", gid, [*left])
                 self._finisher.commit(gid, left, marked=branches)
             else:
                 self._finisher.forget(gid, branches)
-            return None
-        if decision is Decision.ABORT:
-            prepared = {s for s, r in replies.items() if r is Reply.PREPARED}
-            failed = _settle(
-                _ROLLBACK,
-                branches,
-                {s: c for s, c in connections.items() if s in prepared},
-            )
-            if failed:
-                self._finisher.roll_back(gid, {s: branches[s] for s in failed})
-            raise next(errors[s] for s, r in replies.items() if r is Reply.REFUSED)
-        first = next(iter(connections.values()))
-        self._recover(gid, replies, errors, is_async=first.dialect.is_async)
-        return None
+        self._counters.add(f"commits.{len(connections)}")
+        return Commit(gid, None)
+
+    def commit_alone(
+        self, cluster: str, number: int, shard: str, connection: Connection
+    ) -> None:
+        """Commit the open transaction of one *connection*, leaving a marker as well.
+
+        It costs no round trip, and a reply that is lost can be resolved: not by the
+        transaction's id, which after a crash may be another's.
+        Raises what COMMIT raised, or as `commit` does.
+        """
+        began = time.monotonic()
+        gid = Gid.new(cluster, (number,))
+        try:
+            command = _COMMIT_ALONE.format(gid=gid)
+            *_, tag = simple_query(connection, command)
+        except sa_exc.DBAPIError as error:
+            if not is_lost(driver_of(connection)):
+                self._counters.add("aborts")
+                raise _explained(error, shard) from error
+            is_async = connection.dialect.is_async
+            self._recover(gid, [shard], error, began, is_async=is_async)
+        else:
+            if tag != "COMMIT":
+                self._counters.add("aborts")
+                raise TransactionAborted(
+                    f"the transaction on shard {shard} had failed before the commit; it"
+                    " was rolled back."
+                )
+        self._finisher.forget_alone(gid, shard)
+        self._counters.add("commits.1")
 
     def _recover(
         self,
         gid: Gid,
-        replies: Mapping[str, Reply],
-        errors: Mapping[str, Exception],
+        lost: Sequence[str],
+        cause: Exception,
+        began: float,
         *,
         is_async: bool,
     ) -> None:
-        lost = [s for s, r in replies.items() if r is Reply.LOST]
-        cause = errors[lost[0]]
+        """Return if *gid* has committed; raise what the caller is to hear otherwise."""
         # It waits in ordinary ways, so an event loop has to be let go meanwhile.
         outcome = (
             await_only(asyncio.to_thread(self._recovery.resolve, gid))
             if is_async
             else self._recovery.resolve(gid)
         )
+        self._counters.add("lost_replies")
+        where = f"the connection to shard {', '.join(lost)} was lost while it committed"
         if outcome is Decision.COMMIT:
             return
-        if outcome is Decision.ABORT:
+        late = time.monotonic() - began > _FORGOTTEN_AFTER
+        if outcome is Decision.ABORT and not late:
+            self._counters.add("aborts")
             raise TransactionAborted(
-                f"the connection to shard {lost[0]} was lost while it prepared; the"
-                " transaction was rolled back on every shard. Run it again."
+                f"{where}; the transaction was rolled back on every shard. Run it"
+                " again."
             ) from cause
+        self._counters.add("unknown")
+        reason = (
+            "that was too long ago to tell what has become of it"
+            if late
+            else "it cannot be reached"
+        )
         raise CommitOutcomeUnknown(
-            f"the connection to shard {', '.join(lost)} was lost while it prepared, and"
-            f" it cannot be reached. Transaction {gid} will be committed everywhere or"
-            " rolled back everywhere when it is back. Do not repeat it before looking.",
+            f"{where}, and {reason}. Transaction {gid} will be, or has been, committed"
+            " everywhere or rolled back everywhere. Do not repeat it before looking.",
             str(gid),
         ) from cause
 
@@ -142,16 +213,14 @@ def _prepare(
         errors.update(dict.fromkeys(others, next(iter(errors.values()))))
         return {**replies, **others}, errors
 
-    commands = {
-        shard: _PREPARE.format(gid=gid, branch=branch)
-        for shard, branch in branches.items()
-    }
+    command = _COMMANDS[Request.PREPARE]
+    commands = {s: command.format(gid=gid, branch=b) for s, b in branches.items()}
     for shard, outcome in broadcast(connections, commands).items():
         if isinstance(outcome, Exception):
             gone = is_lost(driver_of(connections[shard]))
             certain = isinstance(outcome, sa_exc.DBAPIError) and not gone
             replies[shard] = Reply.REFUSED if certain else Reply.LOST
-            errors[shard] = outcome
+            errors[shard] = _explained(outcome, shard)
         elif outcome[-1] != "PREPARE TRANSACTION":
             # A transaction that has failed answers ROLLBACK, without an error.
             replies[shard] = Reply.REFUSED
@@ -165,9 +234,31 @@ def _prepare(
 
 
 def _settle(
-    command: str, branches: Mapping[str, str], connections: Mapping[str, Connection]
-) -> list[str]:
-    """Send the second step to all at once; return the shards where it failed."""
-    commands = {s: command.format(branch=branches[s]) for s in connections}
-    outcomes = broadcast(connections, commands)
-    return [shard for shard, o in outcomes.items() if isinstance(o, Exception)]
+    requests: Mapping[str, Request],
+    branches: Mapping[str, str],
+    connections: Mapping[str, Connection],
+) -> dict[str, Reply]:
+    """Tell participants the decision, all at once; return what was heard."""
+    commands = {
+        shard: _COMMANDS[request].format(branch=branches[shard])
+        for shard, request in requests.items()
+    }
+    outcomes = broadcast({s: connections[s] for s in commands}, commands)
+    return {
+        shard: Reply.LOST if isinstance(outcome, Exception) else Reply.DONE
+        for shard, outcome in outcomes.items()
+    }
+
+
+def _explained(error: Exception, shard: str) -> Exception:
+    """Return the error of a refused commit as the caller is to see it."""
+    origin = getattr(error, "orig", None)
+    if (
+        isinstance(origin, psycopg.errors.UniqueViolation)
+        and origin.diag.schema_name == "shardalchemy"
+    ):
+        return TransactionAborted(
+            f"the commit took so long to reach shard {shard} that recovery, which found"
+            " it half prepared, has rolled it back on every shard. Run it again."
+        )
+    return error

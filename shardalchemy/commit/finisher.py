@@ -1,9 +1,10 @@
 """The second step of commits that nobody waits for, and the markers' removal.
 
-One thread a cluster, started with its first cross-shard commit. It sends ``COMMIT
-PREPARED`` for transactions acknowledged when they were prepared, repeats what failed
-elsewhere, and deletes markers in batches once every participant has committed and
-`RETENTION` has passed. What it cannot do before the process ends, recovery will.
+One thread a cluster, started with its first commit that leaves a marker. It sends
+``COMMIT PREPARED`` for transactions acknowledged when they were prepared, repeats what
+failed elsewhere, and deletes markers in batches once every participant has committed
+and `RETENTION` has passed. What it cannot do before the process ends, recovery will,
+and `housekeeping` deletes the markers.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import threading
 import time
 from collections import defaultdict, deque
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import psycopg
 from sqlalchemy import exc as sa_exc
-from sqlalchemy import text
 
 from shardalchemy.engine import attempt_all
-from shardalchemy.engine.wire import simple_query
+from shardalchemy.engine.wire import driver_of, is_lost, simple_query
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -35,14 +36,31 @@ if TYPE_CHECKING:
 __all__ = ["RETENTION", "Finisher"]
 
 RETENTION = 10.0
-"""Seconds for which the marker of a committed transaction is kept."""
+"""Seconds for which the marker of a transaction over several shards is kept.
+
+From when it is known to have committed everywhere. Snapshots rely on it.
+"""
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 500
 _GIVE_UP = 300.0  # seconds
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
-_FORGET = text("DELETE FROM shardalchemy.txn WHERE gid = ANY(:gids)")
+_FORGET_EVERY = 1.0  # seconds
+_VACUUM_AFTER = 20_000  # markers deleted on one shard
+
+# A gid holds only [0-9a-f:/], so it stands in these literals as it is.
+_SETTLE = "{command} PREPARED '{branch}'"
+# Whose loss in a crash changes nothing: so it need not wait for the disk.
+_FORGET = """
+    BEGIN;
+    SET LOCAL synchronous_commit = off;
+    DELETE FROM shardalchemy.txn WHERE gid = ANY ('{{{gids}}}');
+    COMMIT
+"""
+# Autovacuum looks once a minute: too seldom for a table that is all new by then. On one
+# that this role may not vacuum, it is all there is.
+_VACUUM = "VACUUM (SKIP_LOCKED, TRUNCATE FALSE) shardalchemy.txn"
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +86,8 @@ class Finisher:
     def _reset(self) -> None:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._markers: deque[tuple[float, Gid, tuple[str, ...]]] = deque()
-        self._connections: dict[str, Connection] = {}
+        self._lone: deque[tuple[Gid, str]] = deque()
+        self._deleted: defaultdict[str, int] = defaultdict(int)
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
 
@@ -87,9 +106,14 @@ class Finisher:
         return self._put(_Work(gid, "ROLLBACK", dict(branches)))
 
     def forget(self, gid: Gid, shards: Iterable[str]) -> None:
-        """Delete the transaction's markers when their time has come."""
+        """Delete the markers of a transaction over several shards, in time."""
         self._started()
         self._markers.append((time.monotonic(), gid, tuple(shards)))
+
+    def forget_alone(self, gid: Gid, shard: str) -> None:
+        """Delete the marker of a transaction on one shard, whose outcome is known."""
+        self._started()
+        self._lone.append((gid, shard))
 
     def close(self) -> None:
         """Finish what is queued, delete the markers, and end the thread."""
@@ -121,17 +145,19 @@ class Finisher:
         ending = False
         waiting: list[_Work] = []
         pause = _SHORTEST_PAUSE
+        forgot_at = time.monotonic()
         while not ending:
-            works, ending = self._next(wait=pause if waiting else 1.0)
+            works, ending = self._next(wait=pause if waiting else _FORGET_EVERY)
             waiting = self._finish(waiting + works) if waiting or works else []
             pause = min(pause * 2, _LONGEST_PAUSE) if waiting else _SHORTEST_PAUSE
-            self._forget(time.monotonic() - RETENTION)
-        if waiting:
-            logger.warning("%d transactions are left to recovery", len(waiting))
+            now = time.monotonic()
+            if now - forgot_at >= _FORGET_EVERY:
+                forgot_at = now
+                self._forget(now - RETENTION)
+        for work in waiting:
+            logger.warning("%s is left to recovery on %s", work.gid, [*work.branches])
+            work.done.cancel()
         self._forget(time.monotonic())
-        for connection in self._connections.values():
-            connection.close()
-        self._connections.clear()
 
     def _next(self, wait: float) -> tuple[list[_Work], bool]:
         works: list[_Work] = []
@@ -150,28 +176,21 @@ class Finisher:
         for work in works:
             for shard in work.branches:
                 by_shard[shard].append(work)
-        connections = {}
-        for shard in by_shard:
-            connection = self._open(shard)
-            if connection is not None:
-                connections[shard] = connection
 
         def settle(shard: str, connection: Connection) -> None:
             for work in by_shard[shard]:
-                command = f"{work.command} PREPARED '{work.branches[shard]}'"
+                branch = work.branches[shard]
                 try:
-                    simple_query(connection, command)
+                    simple_query(
+                        connection, _SETTLE.format(command=work.command, branch=branch)
+                    )
                 except sa_exc.DBAPIError as error:
                     # Where another has done it, the name is not to be found.
                     if not isinstance(error.orig, psycopg.errors.UndefinedObject):
                         raise
                 del work.branches[shard]
 
-        outcomes = attempt_all(settle, connections)
-        for shard, outcome in outcomes.items():
-            if isinstance(outcome, Exception):
-                logger.warning("shard %s: %s", shard, outcome)
-                self._drop(shard)
+        self._visit(settle, by_shard)
         again = []
         for work in works:
             if not work.branches:
@@ -181,41 +200,57 @@ class Finisher:
             elif time.monotonic() - work.since < _GIVE_UP:
                 again.append(work)
             else:
-                logger.warning("%s is left to recovery on %s", work.gid, work.branches)
-                work.done.set_result(None)
+                shards = [*work.branches]
+                logger.warning("%s is left to recovery on %s", work.gid, shards)
+                work.done.cancel()
         return again
 
-    def _open(self, shard: str) -> Connection | None:
-        connection = self._connections.get(shard)
-        if connection is None:
-            try:
-                connection = self._connect(shard).execution_options(
-                    isolation_level="AUTOCOMMIT"
-                )
-            except sa_exc.OperationalError as error:
-                logger.warning("shard %s is not to be reached: %s", shard, error)
-                return None
-            self._connections[shard] = connection
-        return connection
-
-    def _drop(self, shard: str) -> None:
-        connection = self._connections.pop(shard, None)
-        if connection is not None:
-            connection.invalidate()
-            connection.close()
+    def _visit(
+        self, step: Callable[[str, Connection], None], shards: Iterable[str]
+    ) -> set[str]:
+        """Run a step on every shard at once; return where it was done."""
+        with ExitStack() as stack:
+            connections: dict[str, Connection] = {}
+            for shard in shards:
+                try:
+                    connection = self._connect(shard)
+                except sa_exc.SQLAlchemyError as error:
+                    logger.warning("shard %s is not to be reached: %s", shard, error)
+                else:
+                    connections[shard] = stack.enter_context(connection)
+            outcomes = attempt_all(step, connections)
+            done = set()
+            for shard, outcome in outcomes.items():
+                if isinstance(outcome, Exception):
+                    logger.warning("shard %s: %s", shard, outcome)
+                    if is_lost(driver_of(connections[shard])):
+                        connections[shard].invalidate()
+                else:
+                    done.add(shard)
+            return done
 
     def _forget(self, older_than: float) -> None:
         """Delete the markers of transactions that were finished before a time."""
-        by_shard: defaultdict[str, list[str]] = defaultdict(list)
+        by_shard: defaultdict[str, list[Gid]] = defaultdict(list)
         while self._markers and self._markers[0][0] <= older_than:
             _, gid, shards = self._markers.popleft()
             for shard in shards:
-                by_shard[shard].append(str(gid))
-        for shard, gids in by_shard.items():
-            connection = self._open(shard)
-            if connection is not None:
-                try:
-                    connection.execute(_FORGET, {"gids": gids})
-                except sa_exc.DBAPIError as error:
-                    logger.warning("markers stay on shard %s: %s", shard, error)
-                    self._drop(shard)
+                by_shard[shard].append(gid)
+        while self._lone:
+            gid, shard = self._lone.popleft()
+            by_shard[shard].append(gid)
+        if not by_shard:
+            return
+
+        def delete(shard: str, connection: Connection) -> None:
+            gids = by_shard[shard]
+            for start in range(0, len(gids), _BATCH):
+                some = ",".join(map(str, gids[start : start + _BATCH]))
+                simple_query(connection, _FORGET.format(gids=some))
+            self._deleted[shard] += len(gids)
+            if self._deleted[shard] >= _VACUUM_AFTER:
+                self._deleted[shard] = 0
+                simple_query(connection, _VACUUM)
+
+        # What stays where it failed is left to housekeeping.
+        self._visit(delete, by_shard)

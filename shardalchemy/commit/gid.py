@@ -57,3 +57,9 @@ class Gid:
         bits = int(match[3], 16)
         numbers = tuple(n for n in range(bits.bit_length()) if bits >> n & 1)
         return cls(match[1], match[2], numbers)
+
+    @classmethod
+    def parse_all(cls, rows: Iterable[tuple[str | None, ...]]) -> list[Gid]:
+        """Return the transactions that the first values of *rows* name, if ours."""
+        found = (cls.parse(row[0]) for row in rows if row[0] is not None)
+        return [gid for gid in found if gid is not None]

@@ -5,50 +5,72 @@ either committed, and then its marker says so, or can be kept from ever preparin
 tombstone under the marker's own unique key. The insert of a tombstone waits while the
 participant is between its marker and its end, so a short ``lock_timeout`` and another
 look decide. Any number of recoverers, and the session itself, may do this at once.
+
+What is asked, and what follows from the answers, is `protocol.Recoverer`. Here many of
+them are carried out together: one visit a shard and round, each in a thread of its own,
+so that a server which accepts connections and says nothing holds up no other.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
 from sqlalchemy import exc as sa_exc
-from sqlalchemy import text
 
 from shardalchemy.commit.gid import Gid
-from shardalchemy.commit.protocol import Decision, Seen, verdict
+from shardalchemy.commit.protocol import Decision, Recoverer, Reply, Request
+from shardalchemy.engine.wire import driver_of, is_lost, simple_query, simple_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from sqlalchemy import Connection
 
     from shardalchemy.catalog import Topology
+    from shardalchemy.commit.counters import Counters
 
 __all__ = ["Recovery", "RecoveryReport"]
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
-_PREPARED = text(
-    "SELECT 1 FROM pg_prepared_xacts"
-    " WHERE gid = :branch AND database = current_database()"
-)
-_ORPHANS = text(
-    """
+# A gid holds only [0-9a-f:/], so it stands in these literals as it is.
+_ORPHANS = """
     SELECT gid FROM pg_prepared_xacts
-    WHERE database = current_database() AND gid LIKE :ours
-      AND prepared < clock_timestamp() - make_interval(secs => :grace)
-    """
-)
-_TOMBSTONE = text(
-    "INSERT INTO shardalchemy.txn (gid, outcome) VALUES (:gid, 'aborted')"
-    " ON CONFLICT (gid) DO NOTHING"
-)
-_OUTCOME = text("SELECT outcome FROM shardalchemy.txn WHERE gid = :gid")
-_LOCK_TIMEOUT = text("SET lock_timeout = '200ms'")
+    WHERE database = current_database() AND gid LIKE '{ours}'
+      AND prepared < clock_timestamp() - make_interval(secs => {grace})
+"""
+_PREPARED = """
+    SELECT gid FROM pg_prepared_xacts
+    WHERE database = current_database() AND gid = ANY ('{{{branches}}}')
+"""
+_FENCE = """
+    BEGIN;
+    SET LOCAL lock_timeout = '200ms';
+    INSERT INTO shardalchemy.txn (gid, outcome)
+    SELECT gid, 'aborted' FROM unnest('{{{gids}}}'::text[]) AS t (gid) ORDER BY gid
+    ON CONFLICT (gid) DO NOTHING;
+    COMMIT;
+    SELECT gid, outcome FROM shardalchemy.txn WHERE gid = ANY ('{{{gids}}}')
+"""
+_ALONE = "BEGIN; SELECT pg_try_advisory_xact_lock(hashtext('shardalchemy.recovery'))"
+
+_COUNTERS = {
+    Decision.COMMIT: "recovery.committed",
+    Decision.ABORT: "recovery.rolled_back",
+    Decision.RECOVER: "recovery.in_doubt",
+}
+
+_PAUSE = 0.05  # seconds between two rounds that have learnt nothing
+_BATCH = 500  # transactions that are looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,107 +93,238 @@ class Recovery:
         self,
         connect: Callable[[str], Connection],
         topology: Callable[[], Topology],
+        counters: Counters,
         patience: float = 5.0,
     ) -> None:
         self._connect = connect
         self._topology = topology
+        self._counters = counters
         self._patience = patience
+        self._visits = _Visits()
 
-    def recover(self, grace: float) -> RecoveryReport:
-        """Resolve every transaction that was prepared over *grace* seconds ago."""
+    def recover(self, grace: float, *, alone: bool = False) -> RecoveryReport:
+        """Resolve every transaction that was prepared over *grace* seconds ago.
+
+        *alone* leaves out shards at which another process does the same.
+        """
         topology = self._topology()
         ours = f"sa1:{topology.cluster[:8]}:%"
-        found: dict[str, Gid] = {}
-        for shard in topology.shards:
-            try:
-                with self._autocommit(shard) as connection:
-                    parameters = {"ours": ours, "grace": grace}
-                    for branch in connection.scalars(_ORPHANS, parameters):
-                        gid = Gid.parse(branch)
-                        if gid is not None:
-                            found[str(gid)] = gid
-            except sa_exc.OperationalError as error:
-                logger.warning("recovery cannot look at shard %s: %s", shard, error)
-        outcomes = {name: self.resolve(gid) for name, gid in found.items()}
+        sql = _ORPHANS.format(ours=ours, grace=float(grace))
+        deadline = time.monotonic() + self._patience
 
-        def having(outcome: Decision) -> tuple[str, ...]:
-            return tuple(name for name, o in outcomes.items() if o is outcome)
+        def look(shard: str) -> list[Gid]:
+            with self._connection(shard) as connection:
+                found = [
+                    Gid.parse(gid or "") for (gid,) in simple_rows(connection, sql)
+                ]
+                return [gid for gid in found if gid is not None]
 
+        found = self._visits.at_once(look, topology.shards, deadline)
+        for shard, answer in found.items():
+            if isinstance(answer, Exception):
+                logger.warning("recovery cannot look at shard %s: %s", shard, answer)
+        orphans = {s: a for s, a in found.items() if not isinstance(a, Exception) and a}
+        with ExitStack() as stack:
+            if alone:
+                orphans = {
+                    shard: gids
+                    for shard, gids in orphans.items()
+                    if self._is_alone(shard, stack)
+                }
+            gids = dict.fromkeys(gid for gids in orphans.values() for gid in gids)
+            machines = self._resolve_all(gids)
+        ended: dict[Decision, list[str]] = {decision: [] for decision in Decision}
+        for gid, machine in machines.items():
+            decision = machine.decision if machine.is_finished else None
+            ended[decision or Decision.RECOVER].append(str(gid))
         return RecoveryReport(
-            having(Decision.COMMIT), having(Decision.ABORT), having(Decision.RECOVER)
+            tuple(ended[Decision.COMMIT]),
+            tuple(ended[Decision.ABORT]),
+            tuple(ended[Decision.RECOVER]),
         )
 
     def resolve(self, gid: Gid) -> Decision:
-        """Commit or roll back *gid* on every participant; RECOVER means in doubt."""
-        topology = self._topology()
-        names = {a.number: name for name, a in topology.addresses.items()}
-        branches = {names[n]: gid.on(n) for n in gid.numbers if n in names}
-        if len(branches) < len(gid.numbers):
-            return Decision.RECOVER
-        deadline = time.monotonic() + self._patience
-        seen = {
-            s: self._look(s, gid, branch, deadline) for s, branch in branches.items()
+        """Commit or roll back *gid* on every participant; RECOVER means in doubt.
+
+        A participant that is out of reach by then is told when somebody recovers again.
+        """
+        return self._resolve_all([gid])[gid].decision or Decision.RECOVER
+
+    def _resolve_all(self, gids: Iterable[Gid]) -> dict[Gid, Recoverer]:
+        gids = list(gids)
+        machines: dict[Gid, Recoverer] = {}
+        for start in range(0, len(gids), _BATCH):
+            machines |= self._resolve(gids[start : start + _BATCH])
+        for machine in machines.values():
+            decision = machine.decision if machine.is_finished else None
+            self._counters.add(_COUNTERS[decision or Decision.RECOVER])
+        return machines
+
+    def _resolve(self, gids: list[Gid]) -> dict[Gid, Recoverer]:
+        numbers = {n: a.number for n, a in self._topology().addresses.items()}
+        names = {number: name for name, number in numbers.items()}
+        # A shard that this process does not know yet is one that it cannot reach.
+        machines = {
+            gid: Recoverer.of(names.get(n, f"number {n}") for n in gid.numbers)
+            for gid in gids
         }
-        decision = verdict(seen.values())
-        if decision is not Decision.RECOVER:
-            prepared = {s: branches[s] for s, w in seen.items() if w is Seen.PREPARED}
-            if not self._settle(decision, prepared, deadline):
-                logger.warning("%s: a shard was lost while it was recovered", gid)
-        return decision
+        deadline = time.monotonic() + self._patience
+        while wanted := _by_shard(machines):
 
-    def _autocommit(self, shard: str) -> Connection:
-        connection = self._connect(shard)
-        return connection.execution_options(isolation_level="AUTOCOMMIT")
+            def visit(
+                shard: str, wanted: Mapping[str, dict[Gid, Request]] = wanted
+            ) -> dict[Gid, Reply]:
+                with self._connection(shard) as connection:
+                    return _ask(connection, numbers[shard], wanted[shard])
 
-    def _look(self, shard: str, gid: Gid, branch: str, deadline: float) -> Seen:
-        """Return what *shard* holds of *gid*; leave a tombstone if nothing."""
-        while True:
+            answers = self._visits.at_once(visit, wanted, deadline)
+            is_late = time.monotonic() > deadline
+            learnt = False
+            for shard, answer in answers.items():
+                if isinstance(answer, Exception):
+                    if is_late or shard not in numbers:
+                        logger.warning("shard %s is out of reach: %s", shard, answer)
+                    answer = dict.fromkeys(wanted[shard], Reply.LOST)
+                for gid, reply in answer.items():
+                    if reply not in (Reply.LOST, Reply.BUSY):
+                        learnt = True
+                    elif is_late or shard not in numbers:
+                        reply = Reply.UNREACHABLE
+                    machines[gid] = machines[gid].after({shard: reply})
+            if not learnt:
+                time.sleep(_PAUSE)
+        return machines
+
+    def _is_alone(self, shard: str, stack: ExitStack) -> bool:
+        """Keep other processes from recovering at *shard* until *stack* is closed."""
+        try:
+            connection = stack.enter_context(self._connection(shard))
+            ((got,),) = simple_rows(connection, _ALONE)
+            stack.callback(_ended, connection)
+        except sa_exc.DBAPIError:
+            return False
+        return got == "t"
+
+    @contextmanager
+    def _connection(self, shard: str) -> Iterator[Connection]:
+        with self._connect(shard) as connection:
             try:
-                with self._autocommit(shard) as connection:
-                    # Not to go back to the pool: sessions would inherit the timeout.
-                    connection.detach()
-                    connection.execute(_LOCK_TIMEOUT)
-                    while True:
-                        if connection.scalar(_PREPARED, {"branch": branch}):
-                            return Seen.PREPARED
-                        try:
-                            connection.execute(_TOMBSTONE, {"gid": str(gid)})
-                        except sa_exc.OperationalError as error:
-                            if not isinstance(
-                                error.orig, psycopg.errors.LockNotAvailable
-                            ):
-                                raise
-                            # Its marker is there and undecided: look again.
-                            if time.monotonic() > deadline:
-                                return Seen.UNREACHABLE
-                            continue
-                        outcome = connection.scalar(_OUTCOME, {"gid": str(gid)})
-                        return (
-                            Seen.COMMITTED if outcome == "committed" else Seen.ABORTED
-                        )
-            except (sa_exc.OperationalError, sa_exc.InterfaceError) as error:
-                if time.monotonic() > deadline:
-                    logger.warning("shard %s is not to be reached: %s", shard, error)
-                    return Seen.UNREACHABLE
-                time.sleep(0.1)
+                yield connection
+            finally:
+                # One that was lost must not go back to the pool, nor be rolled back.
+                if not connection.invalidated and is_lost(driver_of(connection)):
+                    connection.invalidate()
 
-    def _settle(
-        self, decision: Decision, prepared: Mapping[str, str], deadline: float
-    ) -> bool:
-        """Tell the decision to the shards that are prepared; return if all heard."""
-        command = "COMMIT" if decision is Decision.COMMIT else "ROLLBACK"
-        done = True
-        for shard, branch in prepared.items():
-            while True:
-                try:
-                    with self._autocommit(shard) as connection:
-                        connection.exec_driver_sql(f"{command} PREPARED '{branch}'")
-                    break
-                except sa_exc.DBAPIError as error:
-                    if isinstance(error.orig, psycopg.errors.UndefinedObject):
-                        break  # another has done it
-                    if time.monotonic() > deadline:
-                        done = False
-                        break
-                    time.sleep(0.1)
-        return done
+
+def _by_shard(
+    machines: Mapping[Gid, Recoverer],
+) -> dict[str, dict[Gid, Request]]:
+    """Return what is to be asked of each shard next."""
+    wanted: defaultdict[str, dict[Gid, Request]] = defaultdict(dict)
+    for gid, machine in machines.items():
+        for shard, request in machine.requests.items():
+            wanted[shard][gid] = request
+    return wanted
+
+
+def _ended(connection: Connection) -> None:
+    if not is_lost(driver_of(connection)):
+        simple_query(connection, "ROLLBACK")
+
+
+def _ask(
+    connection: Connection, number: int, requests: Mapping[Gid, Request]
+) -> dict[Gid, Reply]:
+    """Carry out what is asked of one shard; what is lost on the way has no reply."""
+    replies: dict[Gid, Reply] = dict.fromkeys(requests, Reply.LOST)
+
+    def asked(*kinds: Request) -> list[Gid]:
+        return [gid for gid, request in requests.items() if request in kinds]
+
+    try:
+        if looking := asked(Request.LOOK):
+            branches = ",".join(gid.on(number) for gid in looking)
+            found = simple_rows(connection, _PREPARED.format(branches=branches))
+            prepared = {gid for (gid,) in found}
+            for gid in looking:
+                here = gid.on(number) in prepared
+                replies[gid] = Reply.PREPARED if here else Reply.ABSENT
+        if fencing := asked(Request.FENCE):
+            replies |= _fence(connection, fencing)
+        for gid in asked(Request.COMMIT, Request.ROLLBACK):
+            replies[gid] = _settle(connection, gid.on(number), requests[gid])
+    except sa_exc.DBAPIError as error:
+        logger.info("shard number %d: %s", number, error)
+    return replies
+
+
+def _fence(connection: Connection, gids: list[Gid]) -> dict[Gid, Reply]:
+    sql = _FENCE.format(gids=",".join(map(str, gids)))
+    try:
+        found = simple_rows(connection, sql)
+    except sa_exc.OperationalError as error:
+        if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+            raise
+        simple_query(connection, "ROLLBACK")
+        if len(gids) == 1:
+            return {gids[0]: Reply.BUSY}
+        # One of them was: each by itself.
+        return {g: r for gid in gids for g, r in _fence(connection, [gid]).items()}
+    outcomes = {gid: Reply(outcome) for gid, outcome in found}
+    # None stands there if it was deleted a moment ago: to be looked at again.
+    return {gid: outcomes.get(str(gid), Reply.BUSY) for gid in gids}
+
+
+def _settle(connection: Connection, branch: str, request: Request) -> Reply:
+    command = "COMMIT" if request is Request.COMMIT else "ROLLBACK"
+    try:
+        simple_query(connection, f"{command} PREPARED '{branch}'")
+    except sa_exc.DBAPIError as error:
+        if isinstance(error.orig, psycopg.errors.UndefinedObject):
+            return Reply.DONE  # another has done it
+        if isinstance(error.orig, psycopg.errors.ObjectInUse):
+            return Reply.LOST  # another is doing it
+        if is_lost(driver_of(connection)):
+            raise
+        logger.warning("%s PREPARED '%s' is refused: %s", command, branch, error.orig)
+        return Reply.UNREACHABLE
+    return Reply.DONE
+
+
+class _Visits:
+    """Visits to several shards at once, each in a thread, none waited for too long.
+
+    A shard whose last visit is still under way when it was given up is not visited
+    again before that has ended: a server that hangs costs one thread, one connection.
+    """
+
+    def __init__(self) -> None:
+        self._given_up: dict[str, threading.Thread] = {}
+
+    def at_once(
+        self, visit: Callable[[str], T], shards: Iterable[str], deadline: float
+    ) -> dict[str, T | Exception]:
+        """Call ``visit(shard)`` for all; an error is an answer, lateness an error."""
+        answers: dict[str, T | Exception] = {}
+
+        def run(shard: str) -> None:
+            try:
+                answers[shard] = visit(shard)
+            except Exception as error:
+                answers[shard] = error
+
+        threads: dict[str, threading.Thread] = {}
+        asked = list(shards)
+        for shard in asked:
+            before = self._given_up.get(shard)
+            if before is None or not before.is_alive():
+                threads[shard] = threading.Thread(
+                    target=run, args=(shard,), name="shardalchemy-visit", daemon=True
+                )
+                threads[shard].start()
+        for shard, thread in threads.items():
+            thread.join(max(0.05, deadline - time.monotonic()))
+            if thread.is_alive():
+                self._given_up[shard] = thread
+        late = TimeoutError("it does not answer")
+        return {shard: answers.get(shard, late) for shard in asked}

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shardalchemy.commit.counters import Counters
-from shardalchemy.commit.driver import Ack, CommitDriver
+from shardalchemy.commit.driver import Ack, Commit, CommitDriver
 from shardalchemy.commit.finisher import Finisher
+from shardalchemy.commit.housekeeping import Housekeeping
+from shardalchemy.commit.patrol import Patrol
 from shardalchemy.commit.recovery import Recovery, RecoveryReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from concurrent.futures import Future
 
     from sqlalchemy import Connection
 
@@ -26,7 +27,7 @@ __all__ = ["Transactions"]
 
 
 class Transactions:
-    """The cross-shard transactions of one cluster, as this process sees to them.
+    """The transactions of one cluster, as this process sees to them.
 
     ``connect`` opens a connection to a shard; ``topology`` returns the current one.
     """
@@ -36,20 +37,24 @@ class Transactions:
     ) -> None:
         self.counters = Counters()
         self.finisher = Finisher(connect)
-        self.recovery = Recovery(connect, topology)
-        self._driver = CommitDriver(self.finisher, self.recovery)
+        self.recovery = Recovery(connect, topology, self.counters)
+        self.housekeeping = Housekeeping(connect, topology)
+        self.patrol = Patrol(self)
+        self._driver = CommitDriver(self.finisher, self.recovery, self.counters)
 
     def commit(
         self, topology: Topology, connections: Mapping[str, Connection], ack: Ack
-    ) -> Future[None] | None:
-        """Commit the open transactions of *connections*, which all have written.
-
-        Returns, with ``ack="prepared"``, what is done when every shard has committed.
-        """
+    ) -> Commit:
+        """Commit the open transactions of *connections*, which all have written."""
         numbers = {name: topology.addresses[name].number for name in connections}
-        done = self._driver.commit(topology.cluster, numbers, connections, ack)
-        self.counters.add(f"commits.{len(connections)}")
-        return done
+        return self._driver.commit(topology.cluster, numbers, connections, ack)
+
+    def commit_alone(
+        self, topology: Topology, shard: str, connection: Connection
+    ) -> None:
+        """Commit the open transaction of one connection, which has written."""
+        number = topology.addresses[shard].number
+        self._driver.commit_alone(topology.cluster, number, shard, connection)
 
     def recover(self, grace: float) -> RecoveryReport:
         """Resolve every transaction that was prepared over *grace* seconds ago."""
@@ -57,4 +62,5 @@ class Transactions:
 
     def close(self) -> None:
         """Finish what is pending, and end the threads."""
+        self.patrol.close()
         self.finisher.close()

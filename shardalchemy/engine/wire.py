@@ -16,11 +16,19 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
     from sqlalchemy import Connection
 
-__all__ = ["driver_of", "in_failed_transaction", "is_lost", "simple_query"]
+__all__ = [
+    "driver_of",
+    "in_failed_transaction",
+    "is_lost",
+    "simple_query",
+    "simple_rows",
+]
 
 Driver = psycopg.Connection[object] | psycopg.AsyncConnection[object]
 
@@ -58,6 +66,15 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
     Raises the SQLAlchemy error of the first statement that fails, as ``execute`` would.
     On an async connection it must be called within SQLAlchemy's greenlet.
     """
+    return tags(_results(connection, sql))
+
+
+def simple_rows(connection: Connection, sql: str) -> list[tuple[str | None, ...]]:
+    """Do the same; return the rows of all results, each value as PostgreSQL's text."""
+    return [row for result in _results(connection, sql) for row in rows(result)]
+
+
+def _results(connection: Connection, sql: str) -> list[PGresult]:
     driver = driver_of(connection)
     running = exchange(driver, sql.encode())
     results: list[PGresult]
@@ -69,7 +86,15 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
                 results = driver.wait(running)
     except psycopg.Error as error:
         raise translated(connection, sql, error) from error
-    return tags(results)
+    return results
+
+
+def rows(result: PGresult) -> Iterator[tuple[str | None, ...]]:
+    """Yield the rows of a result, each value as PostgreSQL's text."""
+    columns = range(result.nfields)
+    for number in range(result.ntuples):
+        values = (result.get_value(number, column) for column in columns)
+        yield tuple(None if value is None else value.decode() for value in values)
 
 
 def tags(results: list[PGresult]) -> list[str]:

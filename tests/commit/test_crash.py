@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from sqlalchemy import exc
 
 from shardalchemy import Cluster, CommitOutcomeUnknown, TransactionAborted
 from shardalchemy.commit import driver, finisher
@@ -143,7 +142,7 @@ def test_killed_after_it_has_prepared(
     server = bank.local.servers["s2"]
     settle = driver._settle
 
-    def kill_then_settle(*arguments: object) -> list[str]:
+    def kill_then_settle(*arguments: object) -> object:
         server.kill()
         return settle(*arguments)
 
@@ -178,6 +177,51 @@ def test_a_lost_reply_is_resolved_not_rolled_back(bank: Bank, request_: bytes) -
     assert bank.everywhere()
 
 
+def test_a_lost_reply_to_the_commit_on_one_shard_is_resolved(bank: Bank) -> None:
+    port = bank.local.servers["s2"].port
+    number = bank.numbers["s2"]
+    with CuttingProxy(port) as proxy:
+        urls = dict(bank.local.urls)
+        urls["s2"] = urls["s2"].replace(f":{port}/", f":{proxy.port}/")
+        with Cluster(urls) as cluster, cluster.sessionmaker()() as session:
+            session.add(Account(number=number, balance=7))
+            session.flush()
+            proxy.cut_on = b"; COMMIT"
+            session.commit()
+            assert session.get_one(Account, number).balance == 7
+            assert cluster._transactions.counters.read()["lost_replies"] == 1
+        assert proxy.cuts == 1
+
+
+def test_a_commit_on_one_shard_that_dies_with_the_server_is_told_as_it_is(
+    bank: Bank,
+) -> None:
+    server = bank.local.servers["s2"]
+    session = bank.cluster.sessionmaker()()
+    session.add(Account(number=bank.numbers["s2"], balance=7))
+    session.flush()
+    server.pause()
+    told: list[BaseException | None] = []
+
+    def commit() -> None:
+        try:
+            session.commit()
+            told.append(None)
+        except Exception as error:
+            told.append(error)
+        session.close()
+
+    client = threading.Thread(target=commit)
+    client.start()
+    time.sleep(0.2)
+    server.kill()
+    server.start()
+    client.join()
+    (answer,) = told
+    assert answer is None or type(answer) is TransactionAborted
+    assert bool(bank.servers.rows("s2", BALANCES)) is (answer is None)
+
+
 def test_a_recoverer_that_is_too_early_makes_the_session_fail_cleanly(
     bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +237,7 @@ def test_a_recoverer_that_is_too_early_makes_the_session_fail_cleanly(
         return prepare(gid, *arguments)
 
     monkeypatch.setattr(driver, "_prepare", recover_first)
-    with pytest.raises(exc.IntegrityError):
+    with pytest.raises(TransactionAborted, match="recovery"):
         session.commit()
     session.close()
     assert not bank.everywhere()

@@ -1,0 +1,17 @@
+"""A minute with the bank; ``python -m tests.bank 600`` is the longer form."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bank.run import run
+
+SEED = 20_260
+SECONDS = 60.0
+
+
+@pytest.mark.timeout(240)
+def test_everyone_was_told_the_truth() -> None:
+    report = run(SECONDS, SEED)
+    print(f"\n{report}")
+    assert not report.findings, f"{report.evidence}\n{report}"

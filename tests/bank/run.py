@@ -104,6 +104,7 @@ def _torment(
 ) -> None:
     say(f"seed {report.seed}; journals and logs in {bank.directory}")
     _wait(lambda: len([*bank.directory.glob("*.jsonl")]) == len(bank.clients), "start")
+    say("all are at work")
     watch = DoubtWatch(bank.servers)
     tormentor = Tormentor(bank)
     names = sorted(bank.clients)
@@ -136,12 +137,14 @@ def _torment(
         if status != 0:
             report.findings.append(Finding(f"{name} did not end well: {status}"))
 
+    say("stopped")
     entries, snapshots, failures = read_journals(bank.directory)
     report.outcomes.update(entry.outcome.value for entry in entries)
     report.errors.update(_kind(entry.error) for entry in entries if entry.error)
     report.snapshots = len(snapshots)
     report.findings += map(Finding, failures)
     report.findings += audit(Books.read(bank.servers), entries, snapshots)
+    say("looked at the books")
     if report.findings:
         report.evidence = "\n".join(_evidence(bank, tormentor, report.findings))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,6 +61,7 @@ def audit(
         *_in_balances(books),
         *_in_transfers(books.transfers, by_id),
         *_in_snapshots(snapshots),
+        *_before_snapshots(entries, snapshots),
         *_in_lists(books.lists, entries, snapshots),
     ]
 
@@ -104,9 +105,36 @@ def _in_snapshots(snapshots: Iterable[Sums]) -> Iterator[Finding]:
     for seen in snapshots:
         if (seen.total, seen.accounts) != (TOTAL, len(ACCOUNTS)):
             yield Finding(
-                f"a snapshot of {seen.client} at {seen.at} has {seen.total} in"
+                f"a snapshot of {seen.client} at {seen.began} has {seen.total} in"
                 f" {seen.accounts} accounts, not {TOTAL} in {len(ACCOUNTS)}"
             )
+
+
+def _before_snapshots(
+    entries: Iterable[Entry], snapshots: Iterable[Sums]
+) -> Iterator[Finding]:
+    """What a client was told of is in snapshots that were opened afterwards.
+
+    With ``ack="prepared"`` that holds for strict ones.
+    """
+    told: defaultdict[int, list[tuple[int, Entry]]] = defaultdict(list)
+    for entry in entries:
+        if entry.outcome is Outcome.COMMITTED:
+            for key, value in entry.plan.appends:
+                told[key].append((value, entry))
+    for seen in snapshots:
+        for key, values in seen.reads:
+            for value, entry in told[key]:
+                early = entry.ended is not None and entry.ended < seen.began
+                promised = seen.strict or entry.plan.ack == "committed"
+                if early and promised and value not in values:
+                    what = f"a snapshot of {seen.client} at {seen.began:.3f}"
+                    is_strict = "strict" if seen.strict else "not strict"
+                    yield Finding(
+                        f"{what}, {is_strict}, does not have {value} under key {key},"
+                        f" whose commit returned at {entry.ended}",
+                        (entry,),
+                    )
 
 
 def _in_lists(
@@ -124,7 +152,8 @@ def _in_lists(
     for number, seen in enumerate(snapshots):
         reads = tuple(Read(key, values) for key, values in seen.reads)
         name = f"snapshot {number} of {seen.client}"
-        history.append(Transaction(name, Outcome.COMMITTED, reads, Level.SNAPSHOT))
+        level = Level.SERIAL if seen.strict else Level.SNAPSHOT
+        history.append(Transaction(name, Outcome.COMMITTED, reads, level))
     for anomaly in find_anomalies(history, lists):
         about = (known[t] for t in anomaly.transactions if t in known)
         yield Finding(str(anomaly), tuple(about))

@@ -8,6 +8,7 @@ number only looks, in snapshots.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ from sqlalchemy.orm import Session
 
 from shardalchemy import Cluster, CommitOutcomeUnknown
 from tests.bank.history import Outcome
-from tests.bank.journal import Journal
+from tests.bank.journal import Journal, Reads
 from tests.bank.model import GENERATION, Account, List, Transfer, keys_of
 from tests.bank.plans import Choices, Plan
 
@@ -37,8 +38,6 @@ CLIENTS = 8
 READER = CLIENTS
 WORKERS = 3
 """Threads or tasks of a client."""
-
-Reads = list[tuple[int, list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +260,7 @@ class Client:
             work: Callable[[Cluster, int], None] = self._work
             workers = range(WORKERS)
             if self._number == READER:
-                work, workers = self._look, range(1)
+                work, workers = self._look, range(2)
             threads = [
                 threading.Thread(target=work, args=(cluster, w), daemon=True)
                 for w in workers
@@ -329,23 +328,47 @@ class Client:
                 logging.info("no topology yet: %s", error)
                 time.sleep(0.2)
 
-    def _look(self, cluster: Cluster, _worker: int) -> None:
+    def _look(self, cluster: Cluster, worker: int) -> None:
+        """Look at everything in snapshots; the second does so in an event loop."""
         if not hasattr(cluster, "snapshot"):
             return
+        if worker:
+            asyncio.run(self._look_async(cluster))
+        turns = itertools.cycle([False, True])
         while not self._is_over():
-            generation = self._config.generation()
-            keys = [*keys_of(max(0, generation - 1)), *keys_of(generation)]
+            began, strict = time.time(), next(turns)
             try:
-                with cluster.snapshot(timeout=10) as session:
-                    total, accounts = session.execute(
-                        select(func.sum(Account.balance), func.count())
-                    ).one()
-                    self._journal.snapshot(total, accounts, _look(session, keys))
-            except exc.SQLAlchemyError as error:
-                logging.info("no snapshot: %s", error)
-            except Exception:
-                self._journal.failed("snapshot", traceback.format_exc())
-            time.sleep(0.2)
+                with cluster.snapshot(timeout=10, strict=strict) as session:
+                    self._journal.snapshot(began, strict, *self._sums(session))
+            except Exception as error:
+                self._not_seen(error)
+            time.sleep(0.3)
+
+    async def _look_async(self, cluster: Cluster) -> None:
+        turns = itertools.cycle([False, True])
+        while not self._is_over():
+            began, strict = time.time(), next(turns)
+            try:
+                async with cluster.snapshot(timeout=10, strict=strict) as session:
+                    seen = await session.run_sync(self._sums)
+                    self._journal.snapshot(began, strict, *seen)
+            except Exception as error:
+                self._not_seen(error)
+            await asyncio.sleep(0.3)
+
+    def _sums(self, session: Session) -> tuple[int, int, Reads]:
+        generation = self._config.generation()
+        keys = [*keys_of(max(0, generation - 1)), *keys_of(generation)]
+        sums = select(func.sum(Account.balance), func.count())
+        total, accounts = session.execute(sums.select_from(Account)).one()
+        return total, accounts, _look(session, keys)
+
+    def _not_seen(self, error: Exception) -> None:
+        if isinstance(error, exc.SQLAlchemyError):
+            logging.info("no snapshot: %s", error)
+        else:
+            text = "".join(traceback.format_exception(error))
+            self._journal.failed("snapshot", text)
 
 
 def main() -> None:

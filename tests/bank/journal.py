@@ -20,6 +20,9 @@ from tests.bank.plans import Plan
 __all__ = ["Entry", "Journal", "Sums", "read_journals"]
 
 
+Reads = list[tuple[int, list[int]]]
+
+
 class Journal:
     """One incarnation's file; any of its threads may write to it."""
 
@@ -33,16 +36,17 @@ class Journal:
         self,
         plan: Plan,
         outcome: Outcome,
-        reads: list[tuple[int, list[int]]],
+        reads: Reads,
         error: str | None = None,
     ) -> None:
         line = {"told": plan.id, "outcome": outcome.value, "reads": reads}
         self._write({**line, "error": error})
 
     def snapshot(
-        self, total: int, accounts: int, reads: list[tuple[int, list[int]]]
+        self, began: float, strict: bool, total: int, accounts: int, reads: Reads
     ) -> None:
-        self._write({"snapshot": [total, accounts], "reads": reads})
+        how = {"began": began, "strict": strict}
+        self._write({"snapshot": [total, accounts], **how, "reads": reads})
 
     def failed(self, what: str, error: str) -> None:
         self._write({"failed": what, "error": error})
@@ -71,10 +75,12 @@ class Entry:
 
 @dataclass(slots=True)
 class Sums:
-    """A look at all accounts in one snapshot."""
+    """A look at all accounts, and at some lists, in one snapshot."""
 
     client: str
-    at: float
+    began: float
+    """Before it was opened."""
+    strict: bool
     total: int
     accounts: int
     reads: tuple[tuple[int, tuple[int, ...]], ...]
@@ -99,7 +105,8 @@ def read_journals(directory: Path) -> tuple[list[Entry], list[Sums], list[str]]:
                 entry.error = line["error"]
                 entry.ended = line["at"]
             elif "snapshot" in line:
-                sums.append(Sums(path.stem, line["at"], *line["snapshot"], reads))
+                how = line["began"], line["strict"]
+                sums.append(Sums(path.stem, *how, *line["snapshot"], reads))
             elif "failed" in line:
                 failures.append(f"{path.stem}: {line['failed']}: {line['error']}")
         entries += known.values()

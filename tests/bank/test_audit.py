@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,14 +79,14 @@ def test_what_a_savepoint_has_undone_and_is_there() -> None:
 
 
 def test_a_torn_snapshot() -> None:
-    torn = Sums("c8.1", 1.0, TOTAL - 5, len(ACCOUNTS), ())
+    torn = Sums("c8.1", 1.0, False, TOTAL - 5, len(ACCOUNTS), ())
     (found,) = said(books(), snapshots=(torn,))
     assert f"has {TOTAL - 5}" in found
 
 
 def test_appends_that_are_there_in_part_or_seen_in_part() -> None:
     made = books(APPEND)
-    seen = Sums("c8.1", 1.0, TOTAL, len(ACCOUNTS), ((1, (80,)), (2, ())))
+    seen = Sums("c8.1", 1.0, False, TOTAL, len(ACCOUNTS), ((1, (80,)), (2, ())))
     found = said(made, entry(APPEND), snapshots=(seen,))
     assert any(
         what.startswith("a transaction was seen under one key") for what in found
@@ -93,6 +94,20 @@ def test_appends_that_are_there_in_part_or_seen_in_part() -> None:
     made.lists[2].clear()
     (found_,) = said(made, entry(APPEND))
     assert found_.startswith("a transaction is there in part")
+
+
+@pytest.mark.parametrize("ack", ["committed", "prepared"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_snapshot_without_what_had_been_told(ack: str, strict: bool) -> None:
+    made = entry(replace(APPEND, ack=ack))
+    made.ended = 2.0
+
+    def found(began: float) -> list[str]:
+        seen = Sums("c8.1", began, strict, TOTAL, len(ACCOUNTS), ((1, ()),))
+        return said(books(APPEND), made, snapshots=(seen,))
+
+    assert found(began=1.9) == []
+    assert len(found(began=2.1)) == (strict or ack == "committed")
 
 
 def test_a_journal_gives_back_what_was_told_before_a_kill(tmp_path: Path) -> None:

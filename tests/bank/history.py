@@ -26,7 +26,7 @@ class Level(Enum):
     """What a transaction's reads are promised to be."""
 
     SERIAL = "serial"
-    """They have one order: rows were locked before they were read, or none could end."""
+    """They have one order: what they read was locked, or all others waited."""
     SNAPSHOT = "snapshot"
     """All reads are of one moment, before or after any other transaction."""
     COMMITTED = "committed"

@@ -31,6 +31,7 @@ from tests.bank.history import Outcome
 from tests.bank.journal import Journal, Reads
 from tests.bank.model import GENERATION, Account, List, Transfer, keys_of
 from tests.bank.plans import Choices, Plan
+from tests.bank.stacks import print_on_signal, print_tasks_on_signal
 
 __all__ = ["CLIENTS", "READER", "Config"]
 
@@ -293,6 +294,7 @@ class Client:
 
     async def run_async(self) -> None:
         """Work in an event loop."""
+        print_tasks_on_signal()
         async with self._config.cluster() as cluster:
             await asyncio.to_thread(self._know, cluster)
             await asyncio.gather(
@@ -377,6 +379,7 @@ def main() -> None:
         datefmt="%Y-%m-%d %H:%M:%S",
     )
     logging.getLogger("shardalchemy").setLevel(logging.INFO)
+    print_on_signal()
     path, number, incarnation = sys.argv[1:]
     client = Client(Config.read(path), int(number), int(incarnation))
     if int(number) % 2:

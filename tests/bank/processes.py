@@ -16,6 +16,7 @@ from shardalchemy.local import LocalCluster
 from tests.bank.client import CLIENTS, READER, Config
 from tests.bank.model import ACCOUNTS, GENERATION, OPENING, Account, Base, List, keys_of
 from tests.bank.proxy import Proxy
+from tests.bank.stacks import SIGNAL
 from tests.conftest import Servers
 
 __all__ = ["Bank", "ClientProcess"]
@@ -59,6 +60,10 @@ class ClientProcess:
 
     def resume(self) -> None:
         self._running.send_signal(signal.SIGCONT)
+
+    def print_stacks(self) -> None:
+        """Let it say in its log where it is."""
+        self._running.send_signal(SIGNAL)
 
     @property
     def exit_status(self) -> int | None:

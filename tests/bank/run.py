@@ -26,7 +26,7 @@ RESOLVED_WITHIN = 10.0
 MARKERS_KEPT = 120.0
 """Seconds after which no marker of a transaction is left."""
 _SHOWN = 8
-_SLACK = 60.0
+_SLACK = 45.0
 """Seconds for which a slow machine is waited for, where no promise is measured."""
 
 
@@ -103,7 +103,9 @@ def _torment(
     bank: Bank, report: Report, seconds: float, say: Callable[[str], None]
 ) -> None:
     say(f"seed {report.seed}; journals and logs in {bank.directory}")
-    _wait(lambda: len([*bank.directory.glob("*.jsonl")]) == len(bank.clients), "start")
+    journals = bank.directory.glob
+    if not _wait_until(lambda: len([*journals("*.jsonl")]) == len(bank.clients)):
+        raise AssertionError(f"the clients did not start within {_SLACK:.0f} s")
     say("all are at work")
     watch = DoubtWatch(bank.servers)
     tormentor = Tormentor(bank)
@@ -114,7 +116,7 @@ def _torment(
 
     bank.config.quiet.touch()
     report.resolved_after = wait_until_resolved(bank.servers, RESOLVED_WITHIN)
-    _wait(lambda: all(c.is_quiet for c in bank.clients.values()), "end their work")
+    report.findings += _not_quiet(bank)
     watch.stop()
     say("quiet")
 
@@ -166,12 +168,30 @@ def _left_of_markers(bank: Bank, report: Report) -> Iterator[Finding]:
             )
 
 
-def _wait(condition: Callable[[], bool], what: str) -> None:
+def _wait_until(condition: Callable[[], bool]) -> bool:
+    """Return whether it came about within `_SLACK` seconds."""
     end = time.monotonic() + _SLACK
     while not condition():
         if time.monotonic() > end:
-            raise AssertionError(f"the clients did not {what} within {_SLACK:.0f} s")
+            return False
         time.sleep(0.1)
+    return True
+
+
+def _not_quiet(bank: Bank) -> Iterator[Finding]:
+    """Wait for the clients to end their work; yield those that do not."""
+    clients = bank.clients.values()
+    if _wait_until(lambda: all(client.is_quiet for client in clients)):
+        return
+    for client in clients:
+        if not client.is_quiet:
+            client.print_stacks()
+            time.sleep(1.0)
+            log = client.log.read_text(errors="replace")
+            yield Finding(
+                f"{client.name} has not ended its work {_SLACK:.0f} s after the last"
+                f" fault; the end of its log:\n{log[-8000:]}"
+            )
 
 
 # -- what explains a finding -----------------------------------------------------------

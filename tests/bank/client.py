@@ -374,6 +374,7 @@ class Client:
 
 
 def main() -> None:
+    logging.Formatter.converter = time.gmtime
     logging.basicConfig(
         format="%(asctime)s.%(msecs)03d %(levelname)s %(threadName)s %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",

@@ -69,19 +69,17 @@ class DoubtWatch:
 def wait_until_resolved(servers: Servers, timeout: float) -> float | None:
     """Return after how many seconds nothing is prepared that is prepared now.
 
-    None if something still is after *timeout* seconds.
+    None if something still is, or a server does not answer, after *timeout* seconds.
     """
     began = time.monotonic()
-    left = {
-        (shard, gid) for shard, rows in servers.prepared().items() for (gid,) in rows
-    }
-    while left:
+    left: set[tuple[str, str]] | None = None
+    while left is None or left:
         if time.monotonic() - began > timeout:
             return None
+        # A server whose backend was killed is up again by itself, in a moment.
+        with contextlib.suppress(psycopg.OperationalError):
+            prepared = servers.prepared()
+            now = {(shard, gid) for shard, rows in prepared.items() for (gid,) in rows}
+            left = now if left is None else left & now
         time.sleep(0.05)
-        left &= {
-            (shard, gid)
-            for shard, rows in servers.prepared().items()
-            for (gid,) in rows
-        }
     return time.monotonic() - began

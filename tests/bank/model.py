@@ -12,7 +12,7 @@ __all__ = ["ACCOUNTS", "GENERATION", "KEYS", "OPENING", "Account", "Base", "List
 __all__ += ["Transfer", "keys_of"]
 
 ACCOUNTS = range(1, 161)
-OPENING = 1000
+OPENING = 200
 """What each account has at first."""
 
 GENERATION = 8.0

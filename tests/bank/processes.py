@@ -108,7 +108,9 @@ class Bank:
         self._seed = seed
         self._generations = int(seconds / GENERATION) + _MORE
         self.local = LocalCluster(
-            4, with_redis=False, settings={"log_line_prefix": "%m [%p] "}
+            4,
+            with_redis=False,
+            settings={"log_line_prefix": "%m [%p] ", "log_timezone": "UTC"},
         )
         self.clients: dict[str, ClientProcess] = {}
 

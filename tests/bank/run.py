@@ -2,75 +2,29 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.bank.audit import Books, Finding, audit
 from tests.bank.doubt import DoubtWatch, wait_until_resolved
+from tests.bank.evidence import evidence
 from tests.bank.faults import faults
-from tests.bank.journal import Entry, read_journals
+from tests.bank.journal import read_journals
 from tests.bank.processes import Bank
+from tests.bank.report import Report
 from tests.bank.tormentor import Tormentor
 
-__all__ = ["Report", "run"]
+__all__ = ["run"]
 
 RESOLVED_WITHIN = 10.0
 """Seconds after the last fault within which nothing is in doubt any more."""
-MARKERS_KEPT = 120.0
-"""Seconds after which no marker of a transaction is left."""
-_SHOWN = 8
+MARKERS_KEPT = 240.0
+"""Seconds after which no marker is left, if a process has been there for so long."""
 _SLACK = 45.0
 """Seconds for which a slow machine is waited for, where no promise is measured."""
-
-
-@dataclass(slots=True)
-class Report:
-    """What happened in a run."""
-
-    seed: int
-    seconds: float
-    faults: Counter[str] = field(default_factory=Counter)
-    cuts: Counter[str] = field(default_factory=Counter)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    in_doubt: int = 0
-    longest_in_doubt: float = 0.0
-    resolved_after: float | None = None
-    snapshots: int = 0
-    markers: dict[str, int] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    evidence: str = ""
-
-    def __str__(self) -> str:
-        def counts(counter: Counter[str]) -> str:
-            return ", ".join(f"{k} {n}" for k, n in sorted(counter.items())) or "none"
-
-        resolved = (
-            "not resolved"
-            if self.resolved_after is None
-            else f"{self.resolved_after:.1f} s after the last fault"
-        )
-        lines = [
-            f"bank: {self.seconds:.0f} s of faults, seed {self.seed}",
-            f"faults        {counts(self.faults)}",
-            f"cuts made     {counts(self.cuts)}",
-            f"transactions  {counts(self.outcomes)}",
-            f"errors        {counts(self.errors)}",
-            f"in doubt      {self.in_doubt} seen for over a second, the longest"
-            f" {self.longest_in_doubt:.1f} s; all resolved: {resolved}",
-            f"snapshots     {self.snapshots} checked",
-            f"markers left  {counts(Counter(self.markers))}",
-            f"anomalies     {len(self.findings)}",
-        ]
-        lines += (f"  {finding.what}" for finding in self.findings[:40])
-        return "\n".join(lines)
 
 
 def run(
@@ -141,19 +95,14 @@ def _torment(
 
     say("stopped")
     entries, snapshots, failures = read_journals(bank.directory)
-    report.outcomes.update(entry.outcome.value for entry in entries)
-    report.errors.update(_kind(entry.error) for entry in entries if entry.error)
+    report.count(entries)
     report.snapshots = len(snapshots)
     report.findings += map(Finding, failures)
     report.findings += audit(Books.read(bank.servers), entries, snapshots)
     say("looked at the books")
     if report.findings:
-        report.evidence = "\n".join(_evidence(bank, tormentor, report.findings))
-
-
-def _kind(error: str) -> str:
-    match = re.match(r"\w+: \(psycopg\.(?:errors\.)?(\w+)\)", error)
-    return match[1] if match else error.partition(":")[0]
+        logs = dict(bank.logs())
+        report.evidence = "\n".join(evidence(report.findings, tormentor.log, logs))
 
 
 def _left_of_markers(bank: Bank, report: Report) -> Iterator[Finding]:
@@ -192,48 +141,3 @@ def _not_quiet(bank: Bank) -> Iterator[Finding]:
                 f"{client.name} has not ended its work {_SLACK:.0f} s after the last"
                 f" fault; the end of its log:\n{log[-8000:]}"
             )
-
-
-# -- what explains a finding -----------------------------------------------------------
-
-
-def _evidence(
-    bank: Bank, tormentor: Tormentor, findings: list[Finding]
-) -> Iterator[str]:
-    logs = {name: [*_stamped(path)] for name, path in bank.logs()}
-    for finding in findings[:_SHOWN]:
-        yield f"\n== {finding.what}"
-        for entry in finding.entries[:4]:
-            yield from _about(entry)
-            start, end = entry.began - 2, (entry.ended or entry.began) + 12
-            for at, fault in tormentor.log:
-                if start - 8 <= at <= end:
-                    yield f"  {_clock(at)} fault: {fault}"
-            for name, lines in logs.items():
-                if name[0] == "c" and name != entry.client.partition(".")[0]:
-                    continue
-                near = [f"  {name}: {line}" for at, line in lines if start <= at <= end]
-                yield from near[:60]
-    for name, path in bank.logs():
-        if name in bank.local.servers:
-            yield f"\n== the end of {name}'s log\n"
-            yield "".join(path.read_text(errors="replace").splitlines(True)[-15:])
-
-
-def _about(entry: Entry) -> Iterator[str]:
-    ended = "never" if entry.ended is None else _clock(entry.ended)
-    yield f"  {entry.client} began at {_clock(entry.began)}: {entry.plan}"
-    yield f"  told at {ended}: {entry.outcome.value}; {entry.error}"
-
-
-def _stamped(path: Path) -> Iterator[tuple[float, str]]:
-    """Yield a log's lines that begin with a time, with that time."""
-    for line in path.read_text(errors="replace").splitlines():
-        match = re.match(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3})", line)
-        if match:
-            at = datetime.fromisoformat(match[1]).replace(tzinfo=UTC)
-            yield at.timestamp(), line[11:400]
-
-
-def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")[:-3]

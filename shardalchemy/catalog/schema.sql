@@ -42,3 +42,15 @@ CREATE TABLE IF NOT EXISTS shardalchemy.fence (
     name text PRIMARY KEY,
     token bigint NOT NULL
 );
+
+-- On the home shard: which backends are one session's, of sessions that wait for a lock.
+-- Each process renews its own rows while they wait; a crash may lose them.
+CREATE UNLOGGED TABLE IF NOT EXISTS shardalchemy.waiting (
+    process text NOT NULL,
+    session bigint NOT NULL,
+    shard text NOT NULL,
+    pid integer NOT NULL,
+    xact_start timestamptz NOT NULL,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (process, session, shard)
+);

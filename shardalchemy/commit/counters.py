@@ -1,4 +1,20 @@
-"""Counts of what has happened to a process's cross-shard transactions."""
+"""Counts of what has happened to a process's transactions; ``Cluster.counters``.
+
+==========================  ========================================================
+``commits.<n>``             transactions committed on *n* shards that they wrote on;
+                            ``commits.1`` only where they wrote on a sharded table
+``aborts``                  commits that ended with nothing on any shard
+``lost_replies``            commits whose reply was lost, whatever came of it
+``unknown``                 of these, those that raised CommitOutcomeUnknown
+``recovery.committed``      transactions that recovery has committed; one that two
+                            processes recover at once counts in both
+``recovery.rolled_back``    transactions that recovery has rolled back
+``recovery.in_doubt``       times that recovery had to leave one in doubt
+``run.retries``             times that ``cluster.run`` has run a function again
+==========================  ========================================================
+
+A lost reply is resolved by recovery, so it counts there as well.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +25,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Counters"]
+__all__ = ["NAMES", "Counters"]
+
+NAMES = (
+    "aborts",
+    "lost_replies",
+    "recovery.committed",
+    "recovery.in_doubt",
+    "recovery.rolled_back",
+    "run.retries",
+    "unknown",
+)
+"""The names that are there from the start, with 0; ``commits.<n>`` come as they do."""
 
 
 class Counters:
@@ -17,7 +44,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(NAMES, 0))
 
     def add(self, name: str, count: int = 1) -> None:
         """Add *count* to a name's."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.commit.counters import Counters
 
-__all__ = ["Recovery", "RecoveryReport"]
+__all__ = ["Recovery", "RecoveryReport", "Visits"]
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Recovery:
         self._topology = topology
         self._counters = counters
         self._patience = patience
-        self._visits = _Visits()
+        self._visits = Visits()
 
     def recover(self, grace: float, *, alone: bool = False) -> RecoveryReport:
         """Resolve every transaction that was prepared over *grace* seconds ago.
@@ -291,7 +291,7 @@ def _settle(connection: Connection, branch: str, request: Request) -> Reply:
     return Reply.DONE
 
 
-class _Visits:
+class Visits:
     """Visits to several shards at once, each in a thread, none waited for too long.
 
     A shard whose last visit is still under way when it was given up is not visited

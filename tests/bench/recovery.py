@@ -32,8 +32,8 @@ def main(orphans: int = 1000, rounds: int = 3) -> str:
                 assert len(report.rolled_back) == orphans - whole
     return (
         f"{orphans} orphans over 4 shards, {whole} committed and {orphans - whole}"
-        f" rolled back: {statistics.median(times):.2f} s, median of {rounds}; target: 1,000 in"
-        " 5 s"
+        f" rolled back: {statistics.median(times):.2f} s, median of {rounds}; target:"
+        " 1,000 in 5 s"
     )
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -285,12 +285,12 @@ class Client:
                 attempt.run(cluster, session)
             except Exception as caught:
                 error = caught
-                if session is not None:
+            if error and session is not None:
+                # SQLAlchemy may raise there of a connection that was lost meanwhile.
+                with suppress(exc.SQLAlchemyError):
                     session.close()
             self._note(attempt, error)
             time.sleep(choices.pause() + (0.2 if error else 0))
-        if session is not None:
-            session.close()
 
     async def run_async(self) -> None:
         """Work in an event loop."""
@@ -313,12 +313,11 @@ class Client:
                 await attempt.run_async(cluster, session)
             except Exception as caught:
                 error = caught
-                if session is not None:
+            if error and session is not None:
+                with suppress(exc.SQLAlchemyError):
                     await session.close()
             self._note(attempt, error)
             await asyncio.sleep(choices.pause() + (0.2 if error else 0))
-        if session is not None:
-            await session.close()
 
     def _know(self, cluster: Cluster) -> None:
         """Read the topology; at first a server may be away."""

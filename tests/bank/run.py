@@ -85,6 +85,7 @@ def _torment(
     wait_until_resolved(bank.servers, RESOLVED_WITHIN)
     for shard, rows in bank.servers.prepared().items():
         report.findings.append(Finding(f"prepared on {shard}: {rows}"))
+    report.findings += _left_open(bank)
     report.findings += _left_of_markers(bank, report)
     for client in bank.clients.values():
         client.ask_to_stop()
@@ -105,6 +106,18 @@ def _torment(
         report.evidence = "\n".join(evidence(report.findings, tormentor.log, logs))
 
 
+def _left_open(bank: Bank) -> Iterator[Finding]:
+    """Yield transactions that clients have left open on servers, with their locks."""
+    sql = """
+        SELECT pid, state, now() - xact_start, query FROM pg_stat_activity
+        WHERE state LIKE 'idle in transaction%'
+    """
+    # Recovery and housekeeping have some, for a moment.
+    if not _wait_until(lambda: not bank.servers.where(sql), seconds=5):
+        for shard, rows in bank.servers.where(sql).items():
+            yield Finding(f"left open on {shard}: {rows}")
+
+
 def _left_of_markers(bank: Bank, report: Report) -> Iterator[Finding]:
     count = "SELECT count(*), max(clock_timestamp() - at)::text FROM shardalchemy.txn"
     old = "SELECT count(*) FROM shardalchemy.txn WHERE at < now() - interval '{:.0f} s'"
@@ -117,9 +130,9 @@ def _left_of_markers(bank: Bank, report: Report) -> Iterator[Finding]:
             )
 
 
-def _wait_until(condition: Callable[[], bool]) -> bool:
-    """Return whether it came about within `_SLACK` seconds."""
-    end = time.monotonic() + _SLACK
+def _wait_until(condition: Callable[[], bool], seconds: float = _SLACK) -> bool:
+    """Return whether it came about within so many seconds."""
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False

@@ -35,6 +35,8 @@ from tests.bank.stacks import print_on_signal, print_tasks_on_signal
 
 __all__ = ["CLIENTS", "READER", "Config"]
 
+logger = logging.getLogger("bank")
+
 CLIENTS = 8
 READER = CLIENTS
 WORKERS = 3
@@ -323,10 +325,10 @@ class Client:
         """Read the topology; at first a server may be away."""
         while not self._is_over():
             try:
-                logging.info("epoch %d", cluster.topology.epoch)
+                logger.info("epoch %d", cluster.topology.epoch)
                 return
             except exc.SQLAlchemyError as error:
-                logging.info("no topology yet: %s", error)
+                logger.info("no topology yet: %s", error)
                 time.sleep(0.2)
 
     def _look(self, cluster: Cluster, worker: int) -> None:
@@ -366,7 +368,7 @@ class Client:
 
     def _not_seen(self, error: Exception) -> None:
         if isinstance(error, exc.SQLAlchemyError):
-            logging.info("no snapshot: %s", error)
+            logger.info("no snapshot: %s", error)
         else:
             text = "".join(traceback.format_exception(error))
             self._journal.failed("snapshot", text)
@@ -378,7 +380,8 @@ def main() -> None:
         format="%(asctime)s.%(msecs)03d %(levelname)s %(threadName)s %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
-    logging.getLogger("shardalchemy").setLevel(logging.INFO)
+    for name in ("shardalchemy", "bank"):
+        logging.getLogger(name).setLevel(logging.INFO)
     print_on_signal()
     path, number, incarnation = sys.argv[1:]
     client = Client(Config.read(path), int(number), int(incarnation))

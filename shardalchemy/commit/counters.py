@@ -10,6 +10,10 @@
                             processes recover at once counts in both
 ``recovery.rolled_back``    transactions that recovery has rolled back
 ``recovery.in_doubt``       times that recovery had to leave one in doubt
+``snapshots``               snapshots that were opened
+``snapshot.retries``        times that one was opened anew on some shards, for a
+                            transaction was torn
+``snapshot.gates``          times that commits were held up for one
 ``run.retries``             times that ``cluster.run`` has run a function again
 ==========================  ========================================================
 
@@ -34,6 +38,9 @@ NAMES = (
     "recovery.in_doubt",
     "recovery.rolled_back",
     "run.retries",
+    "snapshot.gates",
+    "snapshot.retries",
+    "snapshots",
     "unknown",
 )
 """The names that are there from the start, with 0; ``commits.<n>`` come as they do."""

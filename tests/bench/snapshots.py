@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from shardalchemy.commit import driver
 from shardalchemy.commit.gid import Gid
+from shardalchemy.commit.protocol import Request
 from shardalchemy.local import LocalCluster
 from tests.bench.bare import Bare
 from tests.bench.paired import shuffled
@@ -83,11 +84,14 @@ class Writers(Bare):
                 shard: _WRITE.format(
                     change=change, id=self._choose.choice(self._own[shard])
                 )
-                + driver._PREPARE.format(gid=gid, branch=branches[shard])
+                + driver._COMMANDS[Request.PREPARE].format(
+                    gid=gid, branch=branches[shard]
+                )
                 for shard, change in zip(shards, (1, -1), strict=True)
             }
         )
-        self.send({s: driver._COMMIT.format(branch=branches[s]) for s in shards})
+        commit = driver._COMMANDS[Request.COMMIT]
+        self.send({s: commit.format(branch=branches[s]) for s in shards})
 
     def forget(self) -> None:
         """Delete old markers, as each process does for its own."""

@@ -2,9 +2,9 @@
 
 All shards open at once, each in one message; `cut` has what has to be asked in it and
 why that is enough. A cut that tears a transaction is repaired where it is missing. It
-is decided, so that a shard on which it is still prepared may be told to commit it: so a
-coordinator that is slow, or dead, delays a snapshot by milliseconds. Only where this
-does not lead to an end is the gate shut for a moment, or where it is asked for.
+is decided, so that it is waited for there, and the shard told to commit it if that
+takes long: a coordinator that is slow, or dead, delays a snapshot by milliseconds. Only
+where this does not lead to an end is the gate shut for a moment, or for *strict*.
 """
 
 from __future__ import annotations

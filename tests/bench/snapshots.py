@@ -248,7 +248,7 @@ def main(rounds: int = 400, seconds: float = 24) -> str:
             found += measured("under load", peers, rounds)
             during = (commits() - before) / (time.perf_counter() - start)
             alone, with_reader = slowed(peers, commits, seconds, every=0.1)
-        retries = cluster._transactions.counters.read().get("snapshot.retries", 0)
+        retries = cluster.counters.get("snapshot.retries", 0)
         peers.close()
     lines = [
         "| when | way | median | ratio | p99 | ratio |",

@@ -104,7 +104,7 @@ def test_a_sum_over_all_shards_is_constant_in_every_kind_of_plan(
                 for kind, total in BALANCES.items():
                     assert total(session) == expected, kind
         assert sum(done) > before
-    counts = bank._transactions.counters.read()
+    counts = bank.counters
     assert counts["snapshots"] == (5 if strict else 25)
 
 
@@ -167,7 +167,7 @@ def test_a_transaction_committed_by_hand_on_one_shard_is_finished(
             assert BALANCES["combine"](session) == TOTAL * 4
         assert time.monotonic() - start < 1
         assert servers.prepared() == {}
-    assert bank._transactions.counters.read()["snapshot.retries"] >= 2
+    assert bank.counters["snapshot.retries"] >= 2
 
 
 def test_a_transaction_committed_long_before_on_one_shard_is_finished(
@@ -215,7 +215,7 @@ def test_a_tombstone_is_no_commit(bank: Cluster, servers: Servers) -> None:
         connection.execute(sql, [other])
     with bank.snapshot() as session:
         assert session.get_one(Account, a).balance == TOTAL - 1
-    counts = bank._transactions.counters.read()
+    counts = bank.counters
     assert counts.get("snapshot.retries", 0) == 0
 
 
@@ -523,7 +523,7 @@ def test_a_gate_that_opens_too_early_is_shut_again_until_the_timeout(
             with pytest.raises(SnapshotUnavailable, match="could not be held up"):
                 bank.snapshot(strict=True, timeout=0.5).__enter__()
         assert servers.where(ADVISORY) == {"s2": [("ShareLock", True)]}
-    assert bank._transactions.counters.read()["snapshot.gates"] >= 2
+    assert bank.counters["snapshot.gates"] >= 2
 
 
 # -- in an event loop ------------------------------------------------------------------

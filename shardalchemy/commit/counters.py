@@ -10,10 +10,12 @@
                             processes recover at once counts in both
 ``recovery.rolled_back``    transactions that recovery has rolled back
 ``recovery.in_doubt``       times that recovery had to leave one in doubt
+``in_doubt.waits``          transactions in doubt whose rows a session has waited for
+``in_doubt.resolved``       of these, those that were resolved for it
+``deadlocks``               transactions cancelled to end a deadlock between shards
 ``snapshots``               snapshots that were opened
-``snapshot.retries``        times that one was opened anew on some shards, for a
-                            transaction was torn
-``snapshot.gates``          times that commits were held up for one
+``snapshot.retries``        times that one was opened anew, since it tore a transaction
+``snapshot.gates``          times that commits were held back to open one
 ``run.retries``             times that ``cluster.run`` has run a function again
 ==========================  ========================================================
 
@@ -33,6 +35,9 @@ __all__ = ["NAMES", "Counters"]
 
 NAMES = (
     "aborts",
+    "deadlocks",
+    "in_doubt.resolved",
+    "in_doubt.waits",
     "lost_replies",
     "recovery.committed",
     "recovery.in_doubt",

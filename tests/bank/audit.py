@@ -48,6 +48,12 @@ class Books:
             ):
                 books.transfers.setdefault(id, {})[account] = amount
             books.lists.update(servers.rows(shard, "SELECT key, items FROM lists"))
+            for key, items in servers.rows(shard, "SELECT key, items FROM notices"):
+                copy = books.lists.setdefault(key, items)
+                if copy != items:
+                    books.misplaced.append(
+                        f"notice {key} is {items} on {shard}, {copy} on another"
+                    )
         return books
 
 

@@ -156,4 +156,5 @@ def test_a_seed_gives_the_same_plans_with_ids_and_values_of_their_own() -> None:
     values += [plan.undone[1] for plan in one if plan.kind == "lists" and plan.undone]
     assert len(values) == len(set(values))
     assert all(sum(amount for _, amount in plan.parts) == 0 for plan in one)
-    assert all({*plan.reads, *dict(plan.appends)} <= {*keys_of(3)} for plan in one)
+    lists = [plan for plan in one if plan.kind in ("lists", "look")]
+    assert all({*plan.reads, *dict(plan.appends)} <= {*keys_of(3)} for plan in lists)

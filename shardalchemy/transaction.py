@@ -24,6 +24,7 @@ from shardalchemy.engine import attempt_all, end_of, fanout
 from shardalchemy.engine.wire import (
     driver_of,
     in_failed_transaction,
+    in_transaction,
     simple_query,
 )
 from shardalchemy.errors import TransactionAborted, TransactionFailed
@@ -121,16 +122,35 @@ class ShardedTransaction(_Routed):
 
     def close(self, invalidate: bool = False) -> None:
         """Close the transaction, and let others have the rows' turns."""
-        if len(self._connections) > 2:
-            self._give_up_lost()
-        super().close(invalidate)
-        self.session._forget_transaction()
+        try:
+            self._roll_back_together()
+            super().close(invalidate)
+        finally:
+            self.session._forget_transaction()
 
     def rollback(self, *args: Any, **kwargs: Any) -> None:
-        """Roll back on all shards; on one that has ended its connection, it is."""
-        if len(self._connections) > 2:
-            self._give_up_lost()
+        """Roll back on all shards at once; on one that has hung up, it has happened."""
+        self._roll_back_together()
         super().rollback(*args, **kwargs)
+
+    def _roll_back_together(self) -> None:
+        """Roll back what is open on several shards, so that none fails for another's.
+
+        SQLAlchemy goes from one to the next, and stops at the first error.
+        """
+        # Each connection is there twice: by itself, and by its engine.
+        if len(self._connections) <= 2:
+            return
+        self._give_up_lost()
+        connections = {
+            shard: connection
+            for shard, connection in self._own_connections().items()
+            if in_transaction(driver_of(connection))
+        }
+        attempt_all(
+            lambda _, connection: simple_query(connection, "ROLLBACK"), connections
+        )
+        self._give_up_lost()
 
     def _give_up_lost(self) -> None:
         """Leave connections that were lost out of what SQLAlchemy still has to end.

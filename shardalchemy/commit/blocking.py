@@ -33,7 +33,7 @@ WHERE pid = ANY(%(pids)s) AND datname = current_database() AND xact_start IS NOT
 
 # One that waits for a transaction because it wants its row has locked the row's tuple,
 # so that is said as well. A prepared transaction has no process: it is the blocker 0,
-# and its locks have its xid behind the slash in place of a virtual transaction's.
+# and is found by the lock that it has on its own id.
 _WAITS = """
 WITH locks AS MATERIALIZED (SELECT * FROM pg_locks)
 SELECT l.pid, w.xact_start, l.waitstart,
@@ -53,7 +53,9 @@ LEFT JOIN LATERAL (
 ) AS r ON true
 LEFT JOIN LATERAL (
     SELECT x.gid, x.prepared FROM locks AS h
-    JOIN pg_prepared_xacts AS x ON h.virtualtransaction = '-1/' || x.transaction::text
+    JOIN locks AS own ON own.virtualtransaction = h.virtualtransaction
+        AND own.pid IS NULL AND own.locktype = 'transactionid'
+    JOIN pg_prepared_xacts AS x ON x.transaction = own.transactionid
     WHERE b.pid = 0 AND h.pid IS NULL AND h.granted AND h.locktype = l.locktype
       AND (h.database, h.relation, h.page, h.tuple, h.transactionid, h.classid, h.objid,
            h.objsubid)

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -65,7 +65,12 @@ _FENCE = """
     COMMIT;
     SELECT gid, outcome FROM shardalchemy.txn WHERE gid = ANY ('{{{gids}}}')
 """
-_ALONE = "BEGIN; SELECT pg_try_advisory_xact_lock(hashtext('shardalchemy.recovery'))"
+# Whoever hangs with the lock must not keep all others from recovering.
+_ALONE = """
+    BEGIN;
+    SET LOCAL idle_in_transaction_session_timeout = '10s';
+    SELECT pg_try_advisory_xact_lock(hashtext('shardalchemy.recovery'))
+"""
 
 _COUNTERS = {
     Decision.COMMIT: "recovery.committed",
@@ -232,7 +237,8 @@ def _by_shard(
 
 
 def _ended(connection: Connection) -> None:
-    if not is_lost(driver_of(connection)):
+    # Where it took so long that the server has hung up, it has ended.
+    with suppress(sa_exc.DBAPIError):
         simple_query(connection, "ROLLBACK")
 
 

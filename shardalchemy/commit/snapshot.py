@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -47,19 +48,21 @@ _BASE = "SELECT pg_current_snapshot()"
 # the snapshot, but of the moment.
 _PREPARED = (
     "BEGIN; SELECT string_agg(gid, ' ') FROM pg_prepared_xact()"
-    " WHERE gid ~ '^{ours}[0-9a-f:]+/{number}$'; COMMIT; "
+    " WHERE gid LIKE '{ours}%/{number}'; COMMIT; "
 )
 _OPEN = (
     "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;"
     " SELECT pg_current_snapshot(), (SELECT string_agg(gid, ' ') FROM shardalchemy.txn"
     " WHERE xid >= '{xmin}' AND NOT pg_visible_in_snapshot(xid, '{base}')"
-    " AND outcome = 'committed' AND gid ~ '^{ours}[0-9a-f:]+$')"
+    " AND outcome = 'committed')"
 )
-# No gid that comes from above holds more than [0-9a-z:].
 _VISIBLE = (
     "SELECT string_agg(gid, ' ') FROM shardalchemy.txn"
     " WHERE gid = ANY ('{{{gids}}}') AND outcome = 'committed'"
 )
+# What else may be in the table, or prepared, is not to get into the text of a command.
+_NAMES = re.compile(r"sa1:[0-9a-f:]+(?:/\d+)?(?: sa1:[0-9a-f:]+(?:/\d+)?)*")
+
 _COMMIT_PREPARED = "COMMIT PREPARED '{gid}/{number}'"
 _DONE_BY_ANOTHER = (
     psycopg.errors.UndefinedObject,
@@ -73,8 +76,7 @@ _BASE_IS_RECENT = 0.25
 Without one there is a round trip more; with an old one there are many fresh
 transactions to be looked at.
 """
-_REPAIRS = 8  # of one cut, before the gate is shut for another
-_GATED_REPAIRS = 24
+_GATE_AFTER = 0.05  # seconds of repairs before commits are held up for a cut
 _HELP_AFTER = 0.005  # seconds for which a transaction may be torn
 _SHORTEST_PAUSE = 0.001
 _GATE_PAUSE, _LONGEST_GATE_PAUSE = 0.02, 0.2
@@ -104,12 +106,12 @@ class Snapshots:
         """
         shards = _Shards(topology, connections, until)
         opening = _Opening(shards, self._counters, finishes_all=strict)
-        cut = None if strict else opening.run(self._base(connections), _REPAIRS)
+        cut = None if strict else opening.run(self._base(connections), _GATE_AFTER)
         pause = _GATE_PAUSE
         while cut is None:
             with self._gate(shards, connect) as gate:
                 if shards.waits_for(gate.is_shut, PATIENCE):
-                    cut = opening.run(self._base(connections), _GATED_REPAIRS)
+                    cut = opening.run(self._base(connections), PATIENCE)
                     # If a gate is open by now, it may have been all the while.
                     cut = cut if gate.is_shut() else None
             if cut is None:
@@ -246,15 +248,15 @@ class _Opening:
         self._snapshots: dict[str, str] = {}
         self._torn_since: dict[str, float] = {}
 
-    def run(self, base: Base | None, repairs: int) -> Base | None:
+    def run(self, base: Base | None, seconds: float) -> Base | None:
         """Open a cut that is compared with *base*; return it, or None without success.
 
-        That is where transactions are still torn after so many *repairs*, or where it
-        took so long that markers may have been deleted meanwhile.
+        That is where transactions are still torn after so many *seconds* of repairs, or
+        where it took so long that markers may have been deleted meanwhile.
         """
         began = time.monotonic()
         evidence = self._open(base) if base is not None else self._open_first()
-        for turn in range(repairs + 1):
+        while True:
             self._ask(evidence)
             torn = evidence.torn()
             if self._finishes_all:
@@ -262,13 +264,13 @@ class _Opening:
             if not torn:
                 since = began if base is None else base.began
                 if time.monotonic() - since > finisher.RETENTION / 2:
-                    break
+                    return None
                 return Base(dict(self._snapshots), began, is_whole=True)
             if time.monotonic() >= self._shards.until:
                 raise _never_whole(torn[0])
-            if turn < repairs:
-                self._repair(evidence, torn)
-        return None
+            if time.monotonic() - began > seconds:
+                return None
+            self._repair(evidence, torn)
 
     def _open(self, base: Base) -> Evidence:
         """Open all shards, with a cut that was accepted as base."""
@@ -298,7 +300,7 @@ class _Opening:
         commands = {}
         for shard, base in bases.items():
             xmin = base.partition(":")[0]
-            command = _OPEN.format(xmin=xmin, base=base, ours=shards.ours)
+            command = _OPEN.format(xmin=xmin, base=base)
             if look:
                 number = shards.number_of[shard]
                 command = _PREPARED.format(ours=shards.ours, number=number) + command
@@ -323,13 +325,14 @@ class _Opening:
                 evidence.told(shard, questions[shard], _names(answer[0][0]))
 
     def _repair(self, evidence: Evidence, torn: Sequence[Torn]) -> None:
-        """Open all shards anew, all at once.
+        """Open anew the shards where something is missing.
 
-        If only those were opened where something is missing, there would be commits
-        between these and the others: the more of them the longer it takes.
+        At once: what commits there in between and elsewhere later is torn by the new
+        cut, so that under many commits a pause would only lead to more of them.
         """
         now = time.monotonic()
         since = {t.gid: self._torn_since.get(t.gid, now) for t in torn}
+        self._torn_since = since
         late: dict[str, list[str]] = {}
         for one in torn:
             if now - since[one.gid] > _HELP_AFTER:
@@ -337,11 +340,8 @@ class _Opening:
                     late.setdefault(shard, []).append(one.gid)
         if late:
             self._shards.try_each(_COMMIT_PREPARED, late)
-        elif since.keys() & self._torn_since.keys():
-            self._shards.pause(_SHORTEST_PAUSE)  # it is not done at once
-        self._torn_since = since
         self._counters.add("snapshot.retries")
-        bases = dict(self._snapshots)
+        bases = {s: self._snapshots[s] for one in torn for s in one.missing}
         for shard, said in self._begin(bases, look=self._finishes_all).items():
             evidence.reopened(shard, *said)
 
@@ -362,4 +362,10 @@ def _never_shut(shards: Iterable[str]) -> SnapshotUnavailable:
 
 
 def _names(joined: str | None) -> list[str]:
-    return [] if joined is None else joined.split(" ")
+    """Return the names in what string_agg() gave; none that is not one of ours."""
+    if joined is None:
+        return []
+    names = joined.split(" ")
+    if _NAMES.fullmatch(joined) is None:
+        names = [name for name in names if _NAMES.fullmatch(name)]
+    return names

@@ -30,7 +30,6 @@ from psycopg.pq import TransactionStatus
 from shardalchemy.commit import blocking
 from shardalchemy.commit.waitgraph import deadlocks
 from shardalchemy.engine import Beside, next_statement_held
-from shardalchemy.errors import ShardAlchemyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -155,7 +154,7 @@ class Waits:
         for shard in sorted(looked):
             try:
                 here, holders = blocking.waits_on(beside, shard)
-            except (psycopg.Error, ShardAlchemyError) as error:
+            except psycopg.Error as error:
                 logger.info("waits on shard %s are not seen: %s", shard, error)
                 continue
             waits.update(here)
@@ -311,6 +310,7 @@ def _run(
 ) -> None:
     beside = Beside(connect)
     pause = TICK
+    failed = False
     while not ending.wait(pause):
         present = waits()
         if present is None:
@@ -318,8 +318,11 @@ def _run(
         began = time.monotonic()
         try:
             present.tick(beside)
+            failed = False
         except Exception:
-            logger.exception("watching for deadlocks goes on after an error")
+            if not failed:
+                logger.exception("watching for deadlocks goes on after an error")
+            failed = True
         del present
         # Servers under load are not asked the more often for it.
         pause = max(TICK, min(1.0, 2 * (time.monotonic() - began)))

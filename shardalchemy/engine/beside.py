@@ -6,7 +6,9 @@ they all wait. Statements on it are psycopg's own: no event and no echo tells of
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, LiteralString
 
 import psycopg
@@ -68,11 +70,41 @@ class Beside:
     def _opened(self, shard: str) -> psycopg.Connection[Any]:
         connection, _ = self._open.get(shard, (None, 0.0))
         if connection is None:
-            connection = self._connect(shard)
+            connection = self._connected(shard)
             connection.autocommit = True
             vars(connection)["wait"] = self._waiter(connection)
         self._open[shard] = (connection, time.monotonic())
         return connection
+
+    def _connected(self, shard: str) -> psycopg.Connection[Any]:
+        """Open a connection, in another thread: that may take no end."""
+        opened: Future[psycopg.Connection[Any]] = Future()
+
+        def connect() -> None:
+            try:
+                connection = self._connect(shard)
+            except Exception as error:
+                if opened.set_running_or_notify_cancel():
+                    opened.set_exception(error)
+                return
+            if opened.set_running_or_notify_cancel():
+                opened.set_result(connection)
+            else:
+                connection.close()
+
+        threading.Thread(
+            target=connect, name="shardalchemy-connect", daemon=True
+        ).start()
+        try:
+            return opened.result(self._patience)
+        except TimeoutError as error:
+            if not opened.cancel():
+                return opened.result()
+            raise psycopg.OperationalError("the server did not answer") from error
+        except psycopg.Error:
+            raise
+        except Exception as error:
+            raise psycopg.OperationalError(str(error)) from error
 
     def _waiter(self, connection: psycopg.Connection[Any]) -> Callable[..., Any]:
         """Return what stands in for ``Connection.wait``, and gives up in time."""

@@ -65,7 +65,7 @@ class ShardEngines:
         elif hasattr(shard, "sync_engine"):
             _require_psycopg(name, shard.url)
             self._async[name] = shard
-            self._urls[name] = shard.url
+            self._urls[name] = shard.url.set(drivername="postgresql+psycopg")
         else:
             url = make_url(shard)
             if url.drivername == "postgresql":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import pickle
 import re
@@ -22,8 +23,14 @@ import pytest
 from sqlalchemy import create_engine, exc, select, text, update
 from sqlalchemy.orm import Session
 
-from shardalchemy import Cluster, DeadlockDetected, ShardAlchemyError
+from shardalchemy import (
+    Cluster,
+    DeadlockDetected,
+    ShardAlchemyError,
+    StatementTimeout,
+)
 from shardalchemy.engine import next_statement_held
+from shardalchemy.local import LocalCluster
 from tests.commit.accounts import Account, Base, number_on
 from tests.commit.contention import THREADS, contend
 from tests.conftest import Servers
@@ -611,6 +618,52 @@ class PoolersProxy(CuttingProxy):
         if found is None:
             return data
         return data[: found.end()] + b"\x7f\xff\xff\xf0" + data[found.end() + 4 :]
+
+
+def test_a_home_shard_that_is_away_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with (
+        LocalCluster(3, with_redis=False) as local,
+        local.cluster(recover_in_background=False) as bank,
+    ):
+        bank.create_all(Base.metadata)
+        _, b, c = numbers(bank)
+        Session = bank.sessionmaker()
+        with Session.begin() as session:
+            session.add_all(Account(number=n, balance=100) for n in (b, c))
+        home = local.servers["s1"]
+        with Session() as one, Session() as two, caplog.at_level(logging.WARNING):
+            take(one, b)
+            take(two, c)
+            home.pause()
+
+            def attempt(session: Session, number: int, seconds: float) -> Account:
+                options = {"timeout": seconds}
+                return session.get_one(
+                    Account, number, with_for_update=True, execution_options=options
+                )
+
+            with at_once(lambda: attempt(one, c, 20), lambda: attempt(two, b, 9)) as (
+                kept,
+                ended,
+            ):
+                # Nobody finds it. The timeout does what it does, and no more.
+                assert isinstance(ended.exception(20), StatementTimeout)
+                home.resume()
+                two.rollback()
+                kept.result(timeout=5)
+        told = [r.getMessage() for r in caplog.records if "deadlocks" in r.getMessage()]
+        assert len(told) == 1
+        assert "since shard s1 cannot be asked" in told[0]
+        # And it is found again, now that all are there.
+        with Session() as old, Session() as young:
+            take(old, b)
+            take(young, c)
+            with at_once(lambda: take(old, c), lambda: take(young, b)) as (kept, last):
+                assert isinstance(last.exception(20), DeadlockDetected)
+                young.rollback()
+                kept.result(timeout=5)
 
 
 # -- cancelling ---------------------------------------------------------------------

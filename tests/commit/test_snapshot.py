@@ -447,7 +447,7 @@ def test_strict_shows_what_was_acknowledged_when_it_was_prepared(bank: Cluster) 
             assert session.get_one(Account, b).balance == TOTAL + turn
 
 
-def test_strict_has_recovery_decide_what_a_dead_client_left(
+def test_strict_finishes_what_a_dead_client_has_decided(
     bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = number_on(bank, "s1"), number_on(bank, "s2")
@@ -457,18 +457,43 @@ def test_strict_has_recovery_decide_what_a_dead_client_left(
     assert servers.prepared() == {}
 
 
-def test_strict_gives_up_in_time_and_leaves_no_gate_shut(
+ADVISORY = "SELECT mode, granted FROM pg_locks WHERE locktype = 'advisory'"
+
+
+def test_a_commit_that_never_ends_keeps_no_strict_snapshot(
     bank: Cluster, servers: Servers
 ) -> None:
     with servers.connect("s3") as connection:
         connection.execute(f"BEGIN; SELECT {SHARED}")
         start = time.monotonic()
-        with pytest.raises(SnapshotUnavailable, match=r"shard s3 .*gate"):
-            bank.snapshot(strict=True, timeout=0.5).__enter__()
-        assert time.monotonic() - start < 1.5
-    assert not servers.where("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'")
-    with bank.snapshot(strict=True) as session:
-        assert BALANCES["scatter"](session) == TOTAL * 4
+        for _ in range(3):
+            with bank.snapshot(strict=True) as session:
+                assert BALANCES["scatter"](session) == TOTAL * 4
+        assert time.monotonic() - start < 1
+        assert servers.where(ADVISORY) == {"s3": [("ShareLock", True)]}
+    until(lambda: not servers.where(ADVISORY))
+
+
+def test_a_gate_that_opens_too_early_is_shut_again_until_the_timeout(
+    bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shardalchemy.commit import gate, snapshot
+
+    run = snapshot._Opening.run
+
+    def late(*arguments: object) -> object:
+        cut = run(*arguments)  # type: ignore[arg-type]
+        time.sleep(1.5 * gate.PATIENCE)
+        return cut
+
+    with servers.connect("s2") as connection:
+        connection.execute(f"BEGIN; SELECT {SHARED}")  # or it would be granted
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshot._Opening, "run", late)
+            with pytest.raises(SnapshotUnavailable, match="could not be held up"):
+                bank.snapshot(strict=True, timeout=0.5).__enter__()
+        assert servers.where(ADVISORY) == {"s2": [("ShareLock", True)]}
+    assert bank._transactions.counters.read()["snapshot.gates"] >= 2
 
 
 # -- in an event loop ------------------------------------------------------------------

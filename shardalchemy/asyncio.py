@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import EMPTY_DICT, greenlet_spawn
 
+from shardalchemy.readonly import SnapshotSession
 from shardalchemy.session import ShardedSession
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from shardalchemy.cluster import Cluster
     from shardalchemy.planner import Plan
 
-__all__ = ["AsyncShardedSession"]
+__all__ = ["AsyncShardedSession", "AsyncSnapshotSession"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,6 +43,11 @@ class AsyncShardedSession(AsyncSession):
     @bind.setter
     def bind(self, value: object) -> None:
         """Ignore what AsyncSession sets: the cluster decides."""
+
+    @property
+    def commit_token(self) -> str | None:
+        """What another session takes as ``after=``; `ShardedSession.commit_token`."""
+        return self.sync_session.commit_token
 
     async def run_sync(
         self,
@@ -78,3 +84,14 @@ class AsyncShardedSession(AsyncSession):
             params,
             execution_options=execution_options,
         )
+
+
+class AsyncSnapshotSession(AsyncShardedSession):
+    """An AsyncShardedSession that reads one moment of all shards; `SnapshotSession`."""
+
+    sync_session_class = SnapshotSession
+    sync_session: SnapshotSession
+
+    async def export(self) -> dict[str, str]:
+        """Return by shard the id of this snapshot; `SnapshotSession.export`."""
+        return await greenlet_spawn(self.sync_session.export)

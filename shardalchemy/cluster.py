@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cached_property
+from os import getpid
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from sqlalchemy import Connection, Table, inspect
@@ -26,24 +28,29 @@ from shardalchemy.errors import (
     ShardKeyError,
 )
 from shardalchemy.guards import ScatterGuard, checked_timeout
+from shardalchemy.isolation import checked_level
 from shardalchemy.locks import RowLocks
+from shardalchemy.retry import ATTEMPTS, TIMEOUT, run, run_async
 from shardalchemy.schema import Kind, checked, placement_of
-from shardalchemy.session import ShardedSession
+from shardalchemy.session import ShardedSession, sessions_of
+from shardalchemy.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from sqlalchemy import URL, Engine, MetaData
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
     from shardalchemy.asyncio import AsyncShardedSession
-    from shardalchemy.commit import Ack, Commit, RecoveryReport, Transactions
+    from shardalchemy.commit import Ack, Commit, Listing, RecoveryReport, Transactions
     from shardalchemy.guards import Scatter
     from shardalchemy.planner import Analyser, Plan
 
 __all__ = ["Cluster"]
 
 S = TypeVar("S", bound=ShardedSession)
+A = TypeVar("A", bound="AsyncShardedSession")
+T = TypeVar("T")
 
 
 class Cluster:
@@ -112,15 +119,14 @@ class Cluster:
             statement_timeout, "Cluster(statement_timeout=…)"
         )
         self.resolve_commits = resolve_commits
-        self._recover_in_background = recover_in_background and not any(
-            isinstance(shard, Connection) for shard in shards.values()
-        )
+        self._recover_in_background = recover_in_background
         self._scatter_guard = ScatterGuard(scatter, scatter_loop)
         self._shards = ShardEngines(
             shards, max_connections=max_connections, **engine_options
         )
         self._sync = Bindings(self._shards, is_async=False)
         self._async = Bindings(self._shards, is_async=True)
+        self._working_in: int | None = None
         self._known: Topology | None = None
         self._loading = OneAtATime()
         self._sequences = Sequences()
@@ -145,7 +151,27 @@ class Cluster:
     def _transactions(self) -> Transactions:
         from shardalchemy import commit
 
-        return commit.Transactions(self._sync.connect, lambda: self.topology)
+        this = weakref.ref(self)
+        return commit.Transactions(
+            self._sync.connect,
+            lambda: self.topology,
+            self._shards.connect_beside,
+            lambda: sessions_of(this()),
+        )
+
+    def _work_in_background(self) -> None:
+        """Begin what goes on beside the sessions of this process; at each transaction.
+
+        That is nothing with one shard, nor where one was given as a connection, which
+        has no second one that could be asked.
+        """
+        # A fork has to start its own threads.
+        if self._working_in != (process := getpid()):
+            self._working_in = process
+            if len(self._shards.names) > 1 and not self._shards.has_connections:
+                self._transactions.waits.start()
+                if self._recover_in_background:
+                    self._transactions.patrol.start()
 
     def __repr__(self) -> str:
         return f"Cluster({', '.join(self._shards.names)})"
@@ -196,13 +222,15 @@ class Cluster:
     def sessionmaker(self, class_: Any = ShardedSession, **options: Any) -> Any:
         """Return a ``sqlalchemy.orm.sessionmaker`` of this cluster's sessions.
 
-        Takes what SQLAlchemy's takes, and ``ack``. *class_* is `ShardedSession` or a
-        subclass of it.
+        Takes what SQLAlchemy's takes, ``ack`` and ``isolation_level``. *class_* is
+        `ShardedSession` or a subclass of it.
         """
         if not issubclass(class_, ShardedSession):
             raise ConfigurationError(
                 f"class_ is {class_.__name__}; it must be a subclass of ShardedSession."
             )
+        if options.get("isolation_level") is not None:
+            checked_level(options["isolation_level"])
         return sessionmaker(class_=class_, cluster=self, **options)
 
     def async_sessionmaker(self, **options: Any) -> async_sessionmaker[Any]:
@@ -217,7 +245,92 @@ class Cluster:
                 f"class_ is {class_.__name__}; it must be a subclass of"
                 " AsyncShardedSession."
             )
+        if options.get("isolation_level") is not None:
+            checked_level(options["isolation_level"])
         return async_sessionmaker(class_=class_, cluster=self, **options)
+
+    def run(
+        self,
+        fn: Callable[[S], T],
+        *,
+        sessionmaker: Callable[[], S] | None = None,
+        attempts: int | None = ATTEMPTS,
+        timeout: float | None = TIMEOUT,
+    ) -> T:
+        """Call ``fn(session)`` in one transaction, commit, and return its result.
+
+            def transfer(session):
+                session.get_one(Account, 1, with_for_update=True).balance -= 10
+                session.get_one(Account, 2, with_for_update=True).balance += 10
+
+            cluster.run(transfer)
+
+        It is run again, in a new session, where that cannot do anything twice: after a
+        serialization failure, a deadlock, TopologyChanged, TransactionAborted, when a
+        server has no slot for a prepared transaction, and when a connection was lost,
+        or could not be made, before any shard was asked to commit. Never after
+        CommitOutcomeUnknown or a reply to a commit that was lost, nor after an error of
+        the application. So *fn* may be called several times, and should do nothing that
+        a rollback does not undo; it leaves the commit to this.
+
+        *sessionmaker* is what ``cluster.sessionmaker(…)`` returned, for sessions with
+        options: ``expire_on_commit=False`` where *fn* returns objects. *attempts* and
+        *timeout*, in seconds from the first attempt to the last one's start, bound the
+        repetition; None for no bound. Between attempts it waits for a random time, up
+        to 0.05 s at first and 2 s at last, by stamina: its hooks are called, and
+        ``stamina.set_active(False)`` and ``stamina.set_testing(True)`` hold. What the
+        last attempt raised is raised.
+        """
+        maker: Any = sessionmaker or self.sessionmaker()
+        return run(self, fn, maker, attempts=attempts, timeout=timeout)
+
+    async def run_async(
+        self,
+        fn: Callable[[A], Awaitable[T]],
+        *,
+        sessionmaker: Callable[[], A] | None = None,
+        attempts: int | None = ATTEMPTS,
+        timeout: float | None = TIMEOUT,  # noqa: ASYNC109
+    ) -> T:
+        """Do what `run` does with ``await fn(session)``, in an async session."""
+        maker: Any = sessionmaker or self.async_sessionmaker()
+        return await run_async(self, fn, maker, attempts=attempts, timeout=timeout)
+
+    def snapshot(
+        self, *, timeout: float = 10.0, strict: bool = False, **options: Any
+    ) -> Snapshot:
+        """Return a read-only session of one moment of all shards, for ``with``.
+
+            with cluster.snapshot() as session:
+                session.scalar(select(func.sum(Account.balance)))
+
+        ``async with`` gives an async one. It has a transaction on every shard from the
+        start, REPEATABLE READ and READ ONLY, and ends with it: after a commit, rollback
+        or close a statement raises `SnapshotOver`. ``session.export()`` returns what
+        ``pg_dump --snapshot=`` takes. *timeout* is how many seconds the opening may
+        take; connecting to a server takes as long as ``connect_timeout`` lets it.
+        *options* are those of a session.
+
+        What is promised: a transaction over several shards is wholly visible or not at
+        all; on each shard there is the one moment that PostgreSQL's REPEATABLE READ
+        gives; and what has returned from its commit is visible, but with
+        ``ack="prepared"`` perhaps not yet. What is not: an order between transactions
+        on different shards. Of two, each on one shard, the later may be visible and the
+        earlier not, if both commit while the snapshot is opened.
+
+        With *strict* what had returned from its commit is visible whatever its ``ack``,
+        and with each transaction all those whose commits had returned before its own
+        began. Commits that begin while the snapshot is opened wait for that, some
+        milliseconds and at most a tenth of a second at a time; a second connection to
+        each shard is taken for so long. Outside of this order is what does not commit
+        through a ShardedSession, and what does so on one shard alone and has written
+        only to tables that are not sharded, only past the session (on its
+        ``connection()``), or with ``resolve_commits=False``.
+
+        Raises SnapshotUnavailable if a shard cannot be reached, or the timeout passes.
+        SnapshotReadOnly is what a write in the session raises.
+        """
+        return Snapshot(self, timeout=timeout, strict=strict, options=options)
 
     def _engines_for(self, is_async: bool) -> Bindings:
         return self._async if is_async else self._sync
@@ -259,13 +372,8 @@ class Cluster:
                 " cluster.create_all(metadata) once, which brings it up to date."
             )
         self._known = topology
-        self._open(topology)
+        self._work_in_background()
         return topology
-
-    def _open(self, topology: Topology) -> None:
-        """Begin what goes on in the background for a cluster of several shards."""
-        if self._recover_in_background and len(topology.shards) > 1:
-            self._transactions.patrol.start()
 
     def shard_for(self, entity: Any, key: Any) -> str:
         """Return the name of the shard on which rows with this shard key live.
@@ -314,10 +422,37 @@ class Cluster:
         """
         return self._transactions.recover(grace)
 
+    def prepared_transactions(self, *, grace: float = 60.0) -> Listing:
+        """Return what is prepared on the shards, and what recovery waits for.
+
+        Each has its ``gid``, ``age``, ``state`` and ``participants``; what others have
+        prepared is there as ``"foreign"``. Nothing is changed. *grace* is that of
+        `recover`. In an event loop use `prepared_transactions_async`.
+        """
+        from shardalchemy.commit.listing import prepared_transactions
+
+        return prepared_transactions(self._sync.connect, self.topology, grace)
+
+    async def prepared_transactions_async(self, *, grace: float = 60.0) -> Listing:
+        """Do what `prepared_transactions` does, without holding up the event loop."""
+        import asyncio
+
+        return await asyncio.to_thread(self.prepared_transactions, grace=grace)
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What has become of this process's transactions: counts by name, as of now.
+
+        ``commits.2``, ``aborts``, ``lost_replies``, ``recovery.committed``: all names
+        are explained in ``shardalchemy.commit.counters``.
+        """
+        return self._transactions.counters.read()
+
     # -- the end -----------------------------------------------------------------------
 
     def close(self) -> None:
         """Finish pending commits, and close the connections opened here."""
+        self._working_in = None
         if "_transactions" in vars(self):
             self._transactions.close()
         self._row_locks.close()
@@ -327,6 +462,7 @@ class Cluster:
         """Do what `close` does, for async sessions as well."""
         import asyncio
 
+        self._working_in = None
         if "_transactions" in vars(self):
             await asyncio.to_thread(self._transactions.close)
         await self._row_locks.aclose()

@@ -13,12 +13,17 @@ __all__ = [
     "CatalogVersionError",
     "CommitOutcomeUnknown",
     "ConfigurationError",
+    "DeadlockDetected",
     "DeclarationError",
     "LocalServerError",
     "LockTimeout",
+    "PreparedSlotsExhausted",
     "ScatterWarning",
     "ShardAlchemyError",
     "ShardKeyError",
+    "SnapshotOver",
+    "SnapshotReadOnly",
+    "SnapshotUnavailable",
     "StatementTimeout",
     "TopologyChanged",
     "TransactionAborted",
@@ -79,14 +84,45 @@ class CommitOutcomeUnknown(ShardAlchemyError, sa_exc.InvalidRequestError):
         self.gid = gid
 
 
+class PreparedSlotsExhausted(ShardAlchemyError, sa_exc.OperationalError):
+    """A shard has no room for another prepared transaction; nothing was committed.
+
+    ``orig`` is what PostgreSQL said to PREPARE TRANSACTION.
+    """
+
+    code = ""  # no page of SQLAlchemy's says more
+
+
 class LockTimeout(ShardAlchemyError, sa_exc.TimeoutError):
     """A lock was not obtained within its timeout."""
+
+
+class SnapshotUnavailable(ShardAlchemyError, sa_exc.TimeoutError):
+    """A snapshot could not be opened on every shard within its timeout."""
+
+
+class SnapshotOver(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A snapshot's transactions have ended; what it showed cannot be had again."""
+
+
+class SnapshotReadOnly(ShardAlchemyError, sa_exc.InvalidRequestError):
+    """A write was asked of a snapshot."""
 
 
 class StatementTimeout(ShardAlchemyError, sa_exc.OperationalError):
     """A statement was not done within its timeout, and was cancelled on every shard.
 
     ``orig`` is psycopg's ``QueryCanceled``, as with PostgreSQL's own statement_timeout.
+    """
+
+    code = ""  # no page of SQLAlchemy's says more
+
+
+class DeadlockDetected(ShardAlchemyError, sa_exc.OperationalError):
+    """Transactions on several shards waited for each other; this one was cancelled.
+
+    It was the youngest of them. Roll it back, and run it again. ``orig`` is psycopg's
+    ``DeadlockDetected``, as it is where one PostgreSQL has found a deadlock.
     """
 
     code = ""  # no page of SQLAlchemy's says more

@@ -25,6 +25,7 @@ from sqlalchemy.util import EMPTY_DICT
 from shardalchemy.engine import Deadline
 from shardalchemy.errors import (
     ConfigurationError,
+    DeadlockDetected,
     ScatterWarning,
     StatementTimeout,
     UnsupportedQueryError,
@@ -131,12 +132,15 @@ class _Bounded:
         if (
             self._deadline.late
             and isinstance(error, sa_exc.OperationalError)
-            and not isinstance(error, StatementTimeout)
+            and not isinstance(error, StatementTimeout | DeadlockDetected)
         ):
-            raise _timed_out(error, self._deadline) from error
+            in_doubt = self._session._in_doubt
+            raise _timed_out(error, self._deadline, in_doubt) from error
 
 
-def _timed_out(error: sa_exc.OperationalError, deadline: Deadline) -> StatementTimeout:
+def _timed_out(
+    error: sa_exc.OperationalError, deadline: Deadline, in_doubt: str | None
+) -> StatementTimeout:
     assert error.orig is not None
     found = StatementTimeout(
         error.statement,
@@ -152,6 +156,10 @@ def _timed_out(error: sa_exc.OperationalError, deadline: Deadline) -> StatementT
         f" shard {', '.join(late)}; it was cancelled. Roll back, then narrow it down,"
         " pin its shard keys, or give it more time with execution_options(timeout=…)"
     )
+    if in_doubt is not None:
+        found.add_detail(
+            f"it waited for a row locked by the in-doubt transaction {in_doubt}"
+        )
     return found
 
 

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Table, inspect
+from sqlalchemy import exc as sa_exc
 from sqlalchemy.orm import Mapper, Session
-from sqlalchemy.orm.session import SessionTransactionOrigin
-from sqlalchemy.util import EMPTY_DICT, await_only, immutabledict
+from sqlalchemy.orm.session import SessionTransactionOrigin, _sessions
+from sqlalchemy.util import EMPTY_DICT, immutabledict
 
 from shardalchemy.assembly import COMPILED, OneCompiled
 from shardalchemy.bulk import save_in_bulk
+from shardalchemy.deadlock import raise_deadlock
 from shardalchemy.errors import (
     ConfigurationError,
     UnsupportedQueryError,
@@ -28,6 +30,7 @@ from shardalchemy.errors import (
 from shardalchemy.explain import explained
 from shardalchemy.flush import RowConnections, order_new_by_shard
 from shardalchemy.guards import bounded
+from shardalchemy.isolation import checked_level
 from shardalchemy.routing import (
     check_not_a_copy,
     destination,
@@ -37,6 +40,7 @@ from shardalchemy.schema import Kind, placement_of
 from shardalchemy.settings import Settings
 from shardalchemy.statements import RouteLast, run_statement
 from shardalchemy.transaction import ShardedTransaction, check_not_failed
+from shardalchemy.unpreparable import Unpreparable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -47,12 +51,14 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.cluster import Cluster
     from shardalchemy.commit import Ack
+    from shardalchemy.commit.waitgraph import Deadlock
     from shardalchemy.engine import Deadline
     from shardalchemy.guards import ScatterCount
     from shardalchemy.planner import Analysis, Plan
+    from shardalchemy.visibility import Unseen
     from shardalchemy.writes import Part
 
-__all__ = ["ShardedSession"]
+__all__ = ["ShardedSession", "sessions_of"]
 
 T = TypeVar("T")
 
@@ -68,8 +74,20 @@ class ShardedSession(Session):
     Takes what ``sqlalchemy.orm.Session`` takes, but for ``bind`` and ``twophase``.
     ``ack="prepared"`` returns from a cross-shard commit once it is decided, before
     every shard has carried it out; this session waits for that before it uses those
-    shards again.
+    shards again, and so does one made with ``after=`` its `commit_token`.
+
+    ``isolation_level="SERIALIZABLE"``, or ``"REPEATABLE READ"``, is that of its
+    transactions on every shard that they touch; so is what the first
+    ``session.connection(execution_options={"isolation_level": …})`` of a transaction
+    says. Each shard is serializable by itself, and a serialization failure on one, also
+    while it prepares, rolls back all. There is no serial order over all shards, and
+    each is seen as it was when the transaction first came to it: for reads of one
+    moment use ``cluster.snapshot()``. ``"AUTOCOMMIT"`` is for one shard at a time.
     """
+
+    # What the watching of waits has found; set in its thread.
+    _deadlock: Deadlock | None = None
+    _in_doubt: str | None = None
 
     def __init__(
         self,
@@ -77,6 +95,8 @@ class ShardedSession(Session):
         *,
         cluster: Cluster,
         ack: Ack | None = None,
+        after: str | None = None,
+        isolation_level: str | None = None,
         is_async: bool = False,
         **options: Any,
     ) -> None:
@@ -102,12 +122,21 @@ class ShardedSession(Session):
         self._routed: str | None = None
         self._copies: Any = None
         self._written_shards: set[str] = set()
-        self._unfinished: dict[str, Any] = {}
+        self._unseen: Unseen | None = None if after is None else _unseen(after)
         self._turns: list[Any] = []
         self._began_at: str | None = None
         self._settings = Settings()
+        self._unpreparable = Unpreparable()
         self._scattered: ScatterCount = {}
         self._deadline: Deadline | None = None
+        whole = options.get("execution_options")  # SQLAlchemy 2.1 takes them
+        if isolation_level is None and whole:
+            isolation_level = whole.get("isolation_level")
+        self._isolation_level = (
+            None if isolation_level is None else checked_level(isolation_level)
+        )
+        # Whether any shard may have been asked to commit, ever; for `retry`.
+        self._commit_began = False
         super().__init__(**options)
 
     @property
@@ -129,6 +158,7 @@ class ShardedSession(Session):
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
         if self._transaction is None and (begin or self.autobegin):
+            self._cluster._work_in_background()
             return ShardedTransaction(
                 self,
                 SessionTransactionOrigin.BEGIN
@@ -140,12 +170,16 @@ class ShardedSession(Session):
     def _connection_for_bind(
         self, engine: Engine | Connection, execution_options: Any = None, **kw: Any
     ) -> Connection:
-        if self._unfinished:
-            self._wait_until_finished(self._names.get(engine.engine))
+        if self._unseen:
+            shard = self._names.get(engine.engine)
+            if shard is not None and shard not in self._connections_in_use():
+                self._unseen.wait(shard, self._engines, self._cluster)
         connection: Connection = super()._connection_for_bind(
             engine, execution_options, **kw
         )
         check_not_failed(self, connection)
+        if self._unpreparable:
+            self._check_preparable(engine)
         if self._deadline is not None:
             shard = self._names.get(connection.engine)
             if shard is not None:
@@ -163,6 +197,28 @@ class ShardedSession(Session):
             self._settings.repeat(shard, connection)
         return result
 
+    def _note_obstacle(
+        self, statement: Any, shard: str | None, analysis: Analysis | None
+    ) -> None:
+        """Note what keeps the transaction on *shard* from being prepared, if it does.
+
+        *analysis* is None where an option has named the shard.
+        """
+        if analysis is not None:
+            obstacle = analysis.obstacle
+        else:
+            from shardalchemy.planner import obstacle_of
+
+            obstacle = obstacle_of(statement)
+        if obstacle is not None:
+            where = shard or self._topology().home
+            self._unpreparable.add(where, obstacle, self._written_shards)
+
+    def _check_preparable(self, engine: Engine | Connection) -> None:
+        if self.connection_callable is not None:  # a flush, which writes
+            self._written_shards.add(self._names[engine.engine])
+        self._unpreparable.check(self._written_shards)
+
     def _connections_in_use(self) -> dict[str, Connection]:
         transaction = self._transaction
         if transaction is None:
@@ -173,33 +229,51 @@ class ShardedSession(Session):
             if connection.engine in self._names
         }
 
+    def _drivers_in_use(self) -> dict[str, Any]:
+        """Return the psycopg connections in use by shard; any thread may ask."""
+        transaction: Any = self._transaction
+        while transaction is not None and transaction.parent is not None:
+            transaction = transaction.parent
+        # list() is one step, beside a thread that adds to it.
+        members = () if transaction is None else list(transaction._connections.values())
+        found = {}
+        for connection, *_ in members:
+            shard = self._names.get(connection.engine)
+            # Connection.connection would connect again where it was lost.
+            pooled = connection._dbapi_connection
+            driver = None if pooled is None else pooled.driver_connection
+            if shard is not None and driver is not None:
+                found[shard] = driver
+        return found
+
     def _commit_on(self, connections: Mapping[str, Connection]) -> None:
         """Commit shards that have all been written on; for `ShardedTransaction`."""
-        commit = self._cluster._commit(connections, self._ack)
+        try:
+            commit = self._cluster._commit(connections, self._ack)
+        except sa_exc.OperationalError as error:
+            raise_deadlock(self, error)
+            raise
         if commit.done is not None:
-            self._unfinished.update(dict.fromkeys(connections, commit.done))
+            if self._unseen is None:
+                self._unseen = _unseen(None)
+            self._unseen.add(commit.gid, commit.done, self._topology())
 
     def _commit_alone(self, shard: str, connection: Connection) -> None:
         """Commit the one shard that has been written on; for `ShardedTransaction`."""
-        self._cluster._commit_alone(shard, connection)
-
-    def _wait_until_finished(self, shard: str | None) -> None:
-        """Wait until this session's last commit has reached *shard*."""
-        done = None if shard is None else self._unfinished.pop(shard, None)
-        if done is not None and not done.done():
-            if self._is_async:
-                import asyncio
-
-                await_only(asyncio.wrap_future(done))
-            else:
-                done.result()
+        try:
+            self._cluster._commit_alone(shard, connection)
+        except sa_exc.OperationalError as error:
+            raise_deadlock(self, error)
+            raise
 
     def _forget_transaction(self) -> None:
         """Let others have the rows' turns; for `ShardedTransaction` at its end."""
         self._written_shards.clear()
         self._began_at = None
         self._settings.clear()
+        self._unpreparable.clear()
         self._scattered.clear()
+        self._deadlock = None
         while self._turns:
             self._turns.pop().release()
 
@@ -256,14 +330,19 @@ class ShardedSession(Session):
             # A listener may still change the statement, so the last one routes it.
             how["_add_event"] = RouteLast(how.get("_add_event"))
             return super()._execute_internal(statement, params, **how)
-        with bounded(self, statement, how.get("execution_options", EMPTY_DICT)):
-            return self._execute_routed(statement, params, how)
+        try:
+            with bounded(self, statement, how.get("execution_options", EMPTY_DICT)):
+                return self._execute_routed(statement, params, how)
+        except sa_exc.OperationalError as error:
+            raise_deadlock(self, error)
+            raise
 
     def _execute_routed(self, statement: Any, params: Any, how: dict[str, Any]) -> Any:
         run_here = super()._execute_internal
         bind_arguments = how.get("bind_arguments")
         if bind_arguments and "shard" in bind_arguments:
             check_not_a_copy(statement)
+            self._note_obstacle(statement, bind_arguments["shard"], None)
             return self._run_routed(
                 lambda _: run_here(statement, params, **how),
                 bind_arguments["shard"],
@@ -329,6 +408,9 @@ class ShardedSession(Session):
             if len(self._new) > 1:
                 order_new_by_shard(self)
             super()._flush(objects)
+        except sa_exc.OperationalError as error:
+            raise_deadlock(self, error)
+            raise
         finally:
             self.connection_callable = None
 
@@ -342,10 +424,25 @@ class ShardedSession(Session):
 
     def _bulk_save_mappings(self, mapper: Any, mappings: Any, **how: Any) -> None:
         # SQLAlchemy refuses these to sessions that choose a connection for each row.
-        with self._outside_of_flush():
-            save_in_bulk(self, super()._bulk_save_mappings, mapper, mappings, how)
+        try:
+            with self._outside_of_flush():
+                save_in_bulk(self, super()._bulk_save_mappings, mapper, mappings, how)
+        except sa_exc.OperationalError as error:
+            raise_deadlock(self, error)
+            raise
 
     # -- beyond Session ----------------------------------------------------------------
+
+    @property
+    def commit_token(self) -> str | None:
+        """What another session, in any process, takes as ``after=`` to see all of this.
+
+        It names the commits over several shards of this session, and those that it was
+        itself made ``after``, which some shard may not show yet; None if there are
+        none. It is short text of letters, digits, ``:`` and ``,``, fit for a header or
+        a cookie.
+        """
+        return None if self._unseen is None else self._unseen.token
 
     def explain(
         self,
@@ -381,3 +478,20 @@ class ShardedSession(Session):
         """
         row: T = self._cluster._row_locks.lock(self, entity, ident, timeout)
         return row
+
+
+def sessions_of(cluster: Cluster | None) -> Iterator[ShardedSession]:
+    """Yield the sessions that there are of *cluster*; any thread may ask."""
+    # SQLAlchemy keeps all sessions in a dictionary of its own, so a list of them costs
+    # a new one nothing.
+    for reference in _sessions.valuerefs():
+        session = reference()
+        if isinstance(session, ShardedSession) and session._cluster is cluster:
+            yield session
+
+
+def _unseen(after: str | None) -> Unseen:
+    # Imported by the first that needs it, and with it the commit protocol.
+    from shardalchemy.visibility import Unseen
+
+    return Unseen(after)

@@ -59,6 +59,7 @@ def run_statement(
         own = getattr(statement, "_execution_options", EMPTY_DICT)
         together = _run_split if where.split is not None else _run_on_all
         return together(session, statement, where, {**own, **options}, run)
+    session._note_obstacle(statement, shards[0], analysis)
     whole = Part(statement, params, is_whole=True)
     if analysis is not None and analysis.sets:
         return session._run_setting(lambda shard: run(shard, whole), statement, params)

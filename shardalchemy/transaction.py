@@ -20,15 +20,16 @@ from sqlalchemy.orm.session import (
 )
 from sqlalchemy.orm.state_changes import _StateChange, _StateChangeStates
 
-from shardalchemy.engine import attempt_all, fanout
+from shardalchemy.engine import attempt_all, end_of, fanout
 from shardalchemy.engine.wire import (
     driver_of,
     in_failed_transaction,
-    is_lost,
+    in_transaction,
     simple_query,
 )
 from shardalchemy.errors import TransactionAborted, TransactionFailed
 from shardalchemy.flush import RowConnections
+from shardalchemy.isolation import connection_options
 from shardalchemy.rows import row_placement
 from shardalchemy.schema import Kind
 from shardalchemy.secondary import SecondaryRows
@@ -50,6 +51,7 @@ class _Routed(SessionTransaction):
 
     session: ShardedSession
     _settings_before: tuple[int, dict[str, int]] = (0, {})
+    _unpreparable_before: int = 0
 
     def connection(self, bindkey: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the connection for *bindkey*; in a flush what stands for several."""
@@ -75,16 +77,26 @@ class _Routed(SessionTransaction):
         )
         made = _Routed(self.session, origin, self)
         made._settings_before = self.session._settings.mark()
+        made._unpreparable_before = self.session._unpreparable.mark()
         return made
 
     def _restore_snapshot(self, dirty_only: bool = False) -> None:
         if self.nested:
             self.session._settings.back_to(self._settings_before)
+            self.session._unpreparable.back_to(self._unpreparable_before)
         super()._restore_snapshot(dirty_only)
 
 
 class ShardedTransaction(_Routed):
     """The root transaction of a `ShardedSession`."""
+
+    _options: Mapping[str, Any] | None = None
+    """What its connections are opened with, once there is one."""
+
+    def _connection_for_bind(self, bind: Any, execution_options: Any) -> Any:
+        if bind not in self._connections:
+            execution_options = connection_options(self, bind, execution_options)
+        return super()._connection_for_bind(bind, execution_options)
 
     @_StateChange.declare_states(
         (SessionTransactionState.ACTIVE,), SessionTransactionState.PREPARED
@@ -98,8 +110,8 @@ class ShardedTransaction(_Routed):
         try:
             if len(connections) > 1:
                 self._commit_together(connections)
-            else:
-                self._commit_alone(*connections.popitem())
+            elif not self._commit_alone(*connections.popitem()):
+                return
         except BaseException:
             self._give_up_lost()
             with self._expect_state(SessionTransactionState.CLOSED):
@@ -109,19 +121,46 @@ class ShardedTransaction(_Routed):
 
     def close(self, invalidate: bool = False) -> None:
         """Close the transaction, and let others have the rows' turns."""
-        super().close(invalidate)
-        self.session._forget_transaction()
+        try:
+            self._roll_back_together()
+            super().close(invalidate)
+        finally:
+            self.session._forget_transaction()
+
+    def rollback(self, *args: Any, **kwargs: Any) -> None:
+        """Roll back on all shards at once; on one that has hung up, it has happened."""
+        self._roll_back_together()
+        super().rollback(*args, **kwargs)
+
+    def _roll_back_together(self) -> None:
+        """Roll back what is open on several shards, so that none fails for another's.
+
+        SQLAlchemy goes from one to the next, and stops at the first error.
+        """
+        # Each connection is there twice: by itself, and by its engine.
+        if len(self._connections) <= 2:
+            return
+        self._give_up_lost()
+        connections = {
+            shard: connection
+            for shard, connection in self._own_connections().items()
+            if in_transaction(driver_of(connection))
+        }
+        attempt_all(
+            lambda _, connection: simple_query(connection, "ROLLBACK"), connections
+        )
+        self._give_up_lost()
 
     def _give_up_lost(self) -> None:
         """Leave connections that were lost out of what SQLAlchemy still has to end.
 
         The outcome is known by now; a COMMIT or ROLLBACK that cannot be sent would
-        hide it.
+        hide it, and keep other shards from theirs.
         """
         for key, (connection, transaction, ends, own) in list(
             self._connections.items()
         ):
-            if ends and (connection.invalidated or is_lost(driver_of(connection))):
+            if ends and end_of(connection) is not None:
                 connection.invalidate()
                 self._connections[key] = (connection, transaction, False, own)
 
@@ -139,28 +178,36 @@ class ShardedTransaction(_Routed):
             and connection.engine in names
         }
 
-    def _commit_alone(self, shard: str, connection: Connection) -> None:
-        # SQLAlchemy's own COMMIT is all there is to do where nothing sharded was
-        # written, and where it says why it cannot be done.
-        driver = driver_of(connection)
+    def _commit_alone(self, shard: str, connection: Connection) -> bool:
+        """Commit the one shard there is; return False to leave that to SQLAlchemy.
+
+        Its own COMMIT is all there is to do where nothing sharded was written, and
+        where it says why it cannot be done.
+        """
+        self.session._commit_began = True
         if (
-            shard in self.session._written_shards
-            and not is_lost(driver)
-            and not in_failed_transaction(driver)
-            and self.session._cluster.resolve_commits
+            shard not in self.session._written_shards
+            or not self.session._cluster.resolve_commits
+            or in_failed_transaction(driver_of(connection))
         ):
-            self.session._commit_alone(shard, connection)
+            return False
+        check_not_ended(shard, connection)
+        self.session._commit_alone(shard, connection)
+        return True
 
     def _commit_together(self, connections: Mapping[str, Connection]) -> None:
         # In the order of their names, so that transactions that meet meet in one order.
         connections = dict(sorted(connections.items()))
         for shard, connection in connections.items():
+            check_not_ended(shard, connection)
             if in_failed_transaction(driver_of(connection)):
                 raise TransactionAborted(
                     f"a statement on shard {shard} has failed in this transaction; it"
                     " cannot commit and it was rolled back on every shard."
                 )
         written = self._written(connections)
+        self.session._unpreparable.check(written)
+        self.session._commit_began = True
         if len(written) > 1:
             self.session._commit_on({s: connections[s] for s in written})
             connections = {s: c for s, c in connections.items() if s not in written}
@@ -200,6 +247,8 @@ def check_not_failed(session: ShardedSession, connection: Connection) -> None:
         shard = session._names.get(engine)
         if shard is None or other is connection:
             continue
+        if other.invalidated:
+            check_not_ended(shard, other)
         if in_failed_transaction(driver_of(other)):
             error = TransactionFailed(
                 None,
@@ -214,6 +263,16 @@ def check_not_failed(session: ShardedSession, connection: Connection) -> None:
                 " back, or to the savepoint before"
             )
             raise error
+
+
+def check_not_ended(shard: str, connection: Connection) -> None:
+    """Raise TransactionAborted if *shard* has ended the transaction's connection."""
+    reason = end_of(connection)
+    if reason is not None:
+        raise TransactionAborted(
+            f"the connection to shard {shard} was lost in the middle of the transaction"
+            f" ({reason}); it is rolled back on every shard. Run it again."
+        )
 
 
 def _end(connections: Mapping[str, Connection], *, decided: bool) -> None:

@@ -38,6 +38,10 @@ class CuttingProxy:
             one.close()
         self._thread.join()
 
+    def answered(self, data: bytes) -> bytes:
+        """Return what the client gets of what the server has said."""
+        return data
+
     def _accept(self) -> None:
         while True:
             try:
@@ -81,7 +85,7 @@ class CuttingProxy:
                     # The server has answered, so it has done what was asked.
                     self.cuts += 1
                     break
-                target.sendall(data)
+                target.sendall(data if is_request else self.answered(data))
         for one in (source, target):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)

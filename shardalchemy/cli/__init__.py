@@ -1,8 +1,11 @@
-"""The command line: ``shardalchemy demo`` shows the library to a sceptic.
+"""The command line: for operators, and ``shardalchemy demo`` for a sceptic.
 
-What comes in are a few options; what goes out is a picture of the ring, figures of a
-flash sale, and whether every invariant held, as the exit status too. In the order in
-which the demonstration passes through them:
+``txns`` lists what is prepared on a cluster's shards and ``recover`` finishes it;
+``shards`` finds the cluster from the URL of any shard.
+
+Into the demonstration go a few options; out of it come a picture of the ring, figures
+of a flash sale, and whether every invariant held, as the exit status too. In the order
+in which it passes through them:
 
 - ``app`` has the commands and their options, ``demo`` the order of the acts;
 - ``shop`` finds the example application, ``load`` fills it;

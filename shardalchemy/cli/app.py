@@ -5,11 +5,16 @@ from __future__ import annotations
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path  # noqa: TC003  (Typer reads annotations at run time)
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shardalchemy.errors import LocalServerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shardalchemy.cli.shards import Shards
 
 app = typer.Typer(
     name="shardalchemy",
@@ -25,6 +30,33 @@ class Ack(StrEnum):
 
     committed = "committed"
     prepared = "prepared"
+
+
+Url = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL",
+        envvar="SHARDALCHEMY_URL",
+        help="URL of any shard, such as postgresql://user@host/database. The others are"
+        " found through the catalog there, with the same user, password and options.",
+    ),
+]
+ShardUrls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shard",
+        metavar="NAME=URL",
+        help="Where a shard is, if not where the catalog says. May be repeated.",
+    ),
+]
+Grace = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        min=0,
+        help="For how long a prepared transaction is left to its own session.",
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -147,3 +179,90 @@ def demo(
         raise typer.Exit(130) from None
     if not sound:
         raise typer.Exit(1)
+
+
+@app.command()
+def txns(
+    url: Url,
+    shard: ShardUrls = None,
+    grace: Grace = 3.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, for programs.")
+    ] = False,
+) -> None:
+    """List what is prepared on the shards of a cluster, and what it waits for.
+
+    Nothing is changed. A transaction is *decided* once all participants have prepared
+    or one has ended, and *in doubt* while one that would say is out of reach; *foreign*
+    is what something else has prepared.
+
+    Exit status: 0 also if there is nothing, 2 if there is no cluster or no answer.
+    """
+    from shardalchemy.cli.txns import as_json as json_of
+    from shardalchemy.cli.txns import show
+    from shardalchemy.commit.listing import prepared_transactions
+
+    shards = _reached(url, shard)
+    listing = prepared_transactions(shards.connect, shards.topology, grace)
+    if as_json:
+        typer.echo(json_of(listing, shards.topology.cluster))
+    else:
+        show(_console(), listing)
+
+
+@app.command()
+def recover(
+    url: Url,
+    shard: ShardUrls = None,
+    grace: Grace = 3.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    interval: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.1,
+            help="Between two looks with `--watch`, on average.",
+        ),
+    ] = 10.0,
+) -> None:
+    """Commit or roll back what crashed processes have left prepared.
+
+    What all participants have prepared is committed; the rest is rolled back. What has
+    a participant that cannot be reached stays in doubt until it can. Any number of
+    processes may do this at the same time, while applications run.
+
+    Exit status: 0 if nothing stays in doubt, 1 if something does or a shard could not
+    be asked, 2 if there is no cluster or no answer, 130 after Ctrl-C.
+    """
+    from shardalchemy.cli import recover as recovering
+
+    try:
+        shards = _reached(url, shard)
+        if watch:
+            recovering.watch(_console(), shards, grace, interval)
+        sure = recovering.recover_once(_console(), shards, grace)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if not sure:
+        raise typer.Exit(1)
+
+
+def _reached(url: str, overrides: list[str] | None) -> Shards:
+    import logging
+
+    from shardalchemy.cli.shards import NoCluster, reached
+
+    # What the library logs of servers that are away is printed here in its own words.
+    logging.getLogger("shardalchemy").addHandler(logging.NullHandler())
+    try:
+        return reached(url, overrides or ())
+    except NoCluster as error:
+        typer.echo(f"shardalchemy: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Lines are kept whole, to be found with grep and copied as they are.
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -12,8 +12,10 @@ import psycopg
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
+from shardalchemy.commit.gate import SHARED
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Coordinator, Decision, Reply, Request
+from shardalchemy.commit.refusals import explained
 from shardalchemy.engine import broadcast
 from shardalchemy.engine.wire import driver_of, is_lost, simple_query
 from shardalchemy.errors import CommitOutcomeUnknown, TransactionAborted
@@ -35,8 +37,12 @@ Ack = Literal["committed", "prepared"]
 
 logger = logging.getLogger(__name__)
 
-# A gid holds only [0-9a-f:/], so it stands in these literals as it is.
-_MARKER = "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'committed')"
+# A gid holds only [0-9a-f:/], so it stands in these literals as it is. The gate is held
+# with the prepared transaction, until it is committed or rolled back.
+_MARKER = (
+    "INSERT INTO shardalchemy.txn (gid, outcome)"
+    f" SELECT '{{gid}}', 'committed' FROM {SHARED}"
+)
 _COMMANDS = {
     Request.PREPARE: _MARKER + "; PREPARE TRANSACTION '{branch}'",
     Request.COMMIT: "COMMIT PREPARED '{branch}'",
@@ -220,7 +226,8 @@ def _prepare(
             gone = is_lost(driver_of(connections[shard]))
             certain = isinstance(outcome, sa_exc.DBAPIError) and not gone
             replies[shard] = Reply.REFUSED if certain else Reply.LOST
-            errors[shard] = _explained(outcome, shard)
+            refusal = _explained(outcome, shard)
+            errors[shard] = explained(shard, connections[shard], gid, refusal)
         elif outcome[-1] != "PREPARE TRANSACTION":
             # A transaction that has failed answers ROLLBACK, without an error.
             replies[shard] = Reply.REFUSED
@@ -238,14 +245,20 @@ def _settle(
     branches: Mapping[str, str],
     connections: Mapping[str, Connection],
 ) -> dict[str, Reply]:
-    """Tell participants the decision, all at once; return what was heard."""
+    """Tell participants the decision, all at once; return what was heard.
+
+    Where another was faster, a snapshot or a recoverer, there is nothing left to do.
+    """
     commands = {
         shard: _COMMANDS[request].format(branch=branches[shard])
         for shard, request in requests.items()
     }
     outcomes = broadcast({s: connections[s] for s in commands}, commands)
     return {
-        shard: Reply.LOST if isinstance(outcome, Exception) else Reply.DONE
+        shard: Reply.DONE
+        if not isinstance(outcome, Exception)
+        or isinstance(getattr(outcome, "orig", None), psycopg.errors.UndefinedObject)
+        else Reply.LOST
         for shard, outcome in outcomes.items()
     }
 

@@ -7,21 +7,27 @@ with the first that needs them, and end with `close`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardalchemy.commit.counters import Counters
 from shardalchemy.commit.driver import Ack, Commit, CommitDriver
 from shardalchemy.commit.finisher import Finisher
 from shardalchemy.commit.housekeeping import Housekeeping
+from shardalchemy.commit.indoubt import InDoubt
 from shardalchemy.commit.patrol import Patrol
 from shardalchemy.commit.recovery import Recovery, RecoveryReport
+from shardalchemy.commit.snapshot import Snapshots
+from shardalchemy.commit.waits import Waits
+from shardalchemy.engine import unpooled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    import psycopg
     from sqlalchemy import Connection
 
     from shardalchemy.catalog import Topology
+    from shardalchemy.commit.waits import WaitingSession
 
 __all__ = ["Transactions"]
 
@@ -29,17 +35,31 @@ __all__ = ["Transactions"]
 class Transactions:
     """The transactions of one cluster, as this process sees to them.
 
-    ``connect`` opens a connection to a shard; ``topology`` returns the current one.
+    ``connect`` opens a connection to a shard, and ``connect_beside`` one that comes
+    from no pool; ``topology`` returns the current one, and ``sessions`` those that
+    there are of the cluster.
     """
 
     def __init__(
-        self, connect: Callable[[str], Connection], topology: Callable[[], Topology]
+        self,
+        connect: Callable[[str], Connection],
+        topology: Callable[[], Topology],
+        connect_beside: Callable[[str], psycopg.Connection[Any]],
+        sessions: Callable[[], Iterator[WaitingSession]],
     ) -> None:
         self.counters = Counters()
         self.finisher = Finisher(connect)
         self.recovery = Recovery(connect, topology, self.counters)
         self.housekeeping = Housekeeping(connect, topology)
         self.patrol = Patrol(self)
+        # What is waited for is resolved while those that wait may have all of a pool.
+        in_doubt = InDoubt(
+            Recovery(unpooled(connect_beside), topology, self.counters),
+            lambda: topology().cluster,
+            self.counters,
+        )
+        self.waits = Waits(sessions, connect_beside, topology, in_doubt, self.counters)
+        self.snapshots = Snapshots(self.counters)
         self._driver = CommitDriver(self.finisher, self.recovery, self.counters)
 
     def commit(
@@ -62,5 +82,6 @@ class Transactions:
 
     def close(self) -> None:
         """Finish what is pending, and end the threads."""
+        self.waits.close()
         self.patrol.close()
         self.finisher.close()

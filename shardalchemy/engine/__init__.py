@@ -3,22 +3,32 @@
 `engines.ShardEngines` holds an engine per shard, made when first used, and bounds how
 many connections are open in all. `fanout` runs one step on many connections at once,
 in one thread or one event loop, and leaves none in an unknown state. A `Deadline`
-bounds how long statements may take, on one connection or many. `wire` sends a command
-past SQLAlchemy, for the commit protocol, which counts round trips.
+bounds how long statements may take, on one connection or many. `ended` tells whether a
+server has hung up. `wire` sends a command past SQLAlchemy, for the commit protocol,
+which counts round trips. `Beside` has connections of its own, for what must go on when
+all sessions wait.
 """
 
-from shardalchemy.engine.broadcast import broadcast
+from shardalchemy.engine.beside import Beside, unpooled
+from shardalchemy.engine.broadcast import ask_all, broadcast
+from shardalchemy.engine.cancelling import next_statement_held
 from shardalchemy.engine.deadline import Deadline
+from shardalchemy.engine.ended import end_of
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
 from shardalchemy.engine.turnstile import OneAtATime
 
 __all__ = [
+    "Beside",
     "Bindings",
     "Deadline",
     "OneAtATime",
     "ShardEngines",
+    "ask_all",
     "attempt_all",
     "broadcast",
+    "end_of",
     "fanout",
+    "next_statement_held",
+    "unpooled",
 ]

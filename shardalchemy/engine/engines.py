@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy import exc as sa_exc
@@ -14,8 +15,9 @@ from sqlalchemy.util import await_only
 from shardalchemy.errors import ConfigurationError, UnknownShardError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
+    import psycopg
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -52,6 +54,8 @@ class ShardEngines:
         self._lock = threading.Lock()
         for name, shard in shards.items():
             self._add(name, shard)
+        if len(self._urls) > 1:
+            self._refuse_autocommit(engine_options)
 
     def _add(self, name: str, shard: Any) -> None:
         if isinstance(shard, Engine | Connection):
@@ -61,13 +65,34 @@ class ShardEngines:
         elif hasattr(shard, "sync_engine"):
             _require_psycopg(name, shard.url)
             self._async[name] = shard
-            self._urls[name] = shard.url
+            self._urls[name] = shard.url.set(drivername="postgresql+psycopg")
         else:
             url = make_url(shard)
             if url.drivername == "postgresql":
                 url = url.set(drivername="postgresql+psycopg")
             _require_psycopg(name, url)
             self._urls[name] = url
+
+    def _refuse_autocommit(self, engine_options: Mapping[str, Any]) -> None:
+        given: dict[str, Any] = {s: e.sync_engine for s, e in self._async.items()}
+        given.update(self._sync)
+        for name in self._urls:
+            bind = given.get(name)
+            if bind is None:
+                levels = [
+                    engine_options.get("isolation_level"),
+                    engine_options.get("execution_options", {}).get("isolation_level"),
+                ]
+            else:
+                levels = [
+                    bind.dialect._on_connect_isolation_level,
+                    bind.get_execution_options().get("isolation_level"),
+                ]
+            if "AUTOCOMMIT" in levels:
+                raise ConfigurationError(
+                    f"shard {name} has isolation_level AUTOCOMMIT, in which nothing can"
+                    " be committed on several shards together. Leave it out."
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,6 +141,23 @@ class ShardEngines:
                     self._keep(found, found.sync_engine)
                     self._async[shard] = found
         return found
+
+    @property
+    def has_connections(self) -> bool:
+        """Whether a shard was given as a connection, which is all there is to it."""
+        return any(isinstance(given, Connection) for given in self._sync.values())
+
+    def connect_beside(self, shard: str) -> psycopg.Connection[Any]:
+        """Open a connection to *shard* as its pool would, but not out of the pool.
+
+        Nor is it bounded by ``max_connections``: it is for what must get through when
+        sessions hold all connections that there may be.
+        """
+        pool = self.sync(shard).engine.pool
+        with nullcontext() if self._budget is None else self._budget.lifted():
+            return cast(
+                "psycopg.Connection[Any]", pool._invoke_creator(cast("Any", None))
+            )
 
     def _named(self, shard: str) -> dict[str, Any]:
         return {"logging_name": shard, "pool_logging_name": shard, **self._options}
@@ -192,6 +234,16 @@ class _ConnectionBudget:
         self._open = 0
         self._lock = threading.Lock()
         self._engines: list[Engine] = []
+        self._lifted = threading.local()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Count nothing that this thread opens within a ``with`` block."""
+        self._lifted.now = True
+        try:
+            yield
+        finally:
+            self._lifted.now = False
 
     def cover(self, engine: Engine) -> None:
         """Count *engine*'s connections from now on."""
@@ -201,6 +253,8 @@ class _ConnectionBudget:
         event.listen(engine, "close_detached", self._closed)
 
     def _connect(self, dialect: Any, _record: Any, args: Any, options: Any) -> Any:
+        if getattr(self._lifted, "now", False):
+            return dialect.connect(*args, **options)
         deadline = time.monotonic() + self._timeout
         while not self._take():
             if time.monotonic() > deadline:

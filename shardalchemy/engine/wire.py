@@ -7,6 +7,10 @@ begin a transaction for the second, and SQLAlchemy knows neither.
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
+import time
 from typing import TYPE_CHECKING, cast
 
 import psycopg
@@ -16,8 +20,6 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
     from sqlalchemy import Connection
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = [
     "driver_of",
     "in_failed_transaction",
+    "in_transaction",
     "is_lost",
+    "rows",
     "simple_query",
     "simple_rows",
 ]
@@ -48,9 +52,21 @@ def in_failed_transaction(driver: Driver) -> bool:
     return driver.pgconn.transaction_status == TransactionStatus.INERROR
 
 
-def exchange(driver: Driver, sql: bytes) -> PQGen[list[PGresult]]:
-    """Send *sql* as one message and yield until its results are there."""
-    driver.pgconn.send_query(sql)
+def in_transaction(driver: Driver) -> bool:
+    """Return whether the server is in a transaction block, failed or not."""
+    return driver.pgconn.transaction_status in (
+        TransactionStatus.INTRANS,
+        TransactionStatus.INERROR,
+    )
+
+
+def exchange(driver: Driver, sql: bytes | None) -> PQGen[list[PGresult]]:
+    """Send *sql* as one message and yield until its results are there.
+
+    None waits for those of a message that has been sent before, by `send`.
+    """
+    if sql is not None:
+        driver.pgconn.send_query(sql)
     results: list[PGresult] = yield from generators.execute(driver.pgconn)
     for result in results:
         if result.status == ExecStatus.FATAL_ERROR:
@@ -66,40 +82,59 @@ def simple_query(connection: Connection, sql: str) -> list[str]:
     Raises the SQLAlchemy error of the first statement that fails, as ``execute`` would.
     On an async connection it must be called within SQLAlchemy's greenlet.
     """
-    return tags(_results(connection, sql))
+    return tags(results_of(connection, sql))
 
 
 def simple_rows(connection: Connection, sql: str) -> list[tuple[str | None, ...]]:
     """Do the same; return the rows of all results, each value as PostgreSQL's text."""
-    return [row for result in _results(connection, sql) for row in rows(result)]
+    return rows(results_of(connection, sql))
 
 
-def _results(connection: Connection, sql: str) -> list[PGresult]:
+def send(connection: Connection, sql: str) -> None:
+    """Send *sql*, a short message, and do not wait for anything."""
+    try:
+        driver_of(connection).pgconn.send_query(sql.encode())
+    except psycopg.Error as error:
+        raise translated(connection, sql, error) from error
+
+
+def results_of(
+    connection: Connection, sql: str | None, until: float | None = None
+) -> list[PGresult]:
+    """Do what `simple_query` does, and return the results as libpq has them.
+
+    *until* is a moment of ``time.monotonic()``, for async connections alone: one on
+    which the server has not answered by then is closed.
+    """
     driver = driver_of(connection)
-    running = exchange(driver, sql.encode())
+    running = exchange(driver, None if sql is None else sql.encode())
     results: list[PGresult]
     try:
         if isinstance(driver, psycopg.AsyncConnection):
-            results = await_only(_awaited(driver, running))
+            results = await_only(_awaited(driver, running, until))
         else:
             with driver.lock:
                 results = driver.wait(running)
     except psycopg.Error as error:
-        raise translated(connection, sql, error) from error
+        raise translated(connection, sql or "", error) from error
     return results
-
-
-def rows(result: PGresult) -> Iterator[tuple[str | None, ...]]:
-    """Yield the rows of a result, each value as PostgreSQL's text."""
-    columns = range(result.nfields)
-    for number in range(result.ntuples):
-        values = (result.get_value(number, column) for column in columns)
-        yield tuple(None if value is None else value.decode() for value in values)
 
 
 def tags(results: list[PGresult]) -> list[str]:
     """Return the command tags of results, such as ``PREPARE TRANSACTION``."""
     return [(result.command_status or b"").decode() for result in results]
+
+
+def rows(results: list[PGresult]) -> list[tuple[str | None, ...]]:
+    """Return the rows of all results, one after another's, as PostgreSQL wrote them."""
+    return [
+        tuple(
+            None if value is None else value.decode()
+            for value in (result.get_value(row, n) for n in range(result.nfields))
+        )
+        for result in results
+        for row in range(result.ntuples)
+    ]
 
 
 def translated(connection: Connection, sql: str, error: psycopg.Error) -> Exception:
@@ -110,9 +145,39 @@ def translated(connection: Connection, sql: str, error: psycopg.Error) -> Except
     return found
 
 
+def unanswered() -> psycopg.Error:
+    """Return the error of a connection that was closed for want of an answer."""
+    return psycopg.OperationalError("the server has not answered in time")
+
+
 async def _awaited(
-    driver: psycopg.AsyncConnection[object], exchange: PQGen[list[PGresult]]
+    driver: psycopg.AsyncConnection[object],
+    exchange: PQGen[list[PGresult]],
+    until: float | None,
 ) -> list[PGresult]:
-    async with driver.lock:
-        results: list[PGresult] = await driver.wait(exchange)
+    loop = asyncio.get_running_loop()
+    hanging_up = None
+    if until is not None:
+        left = max(0.0, until - time.monotonic())
+        hanging_up = loop.call_later(left, _hang_up, driver)
+    try:
+        async with driver.lock:
+            results: list[PGresult] = await driver.wait(exchange)
+    except psycopg.Error:
+        if until is not None and driver.closed and time.monotonic() >= until:
+            raise unanswered() from None
+        raise
+    finally:
+        if hanging_up is not None:
+            hanging_up.cancel()
     return results
+
+
+def _hang_up(driver: Driver) -> None:
+    """Have what waits for the server find the connection at its end.
+
+    The event loop waits for the descriptor, which must not be closed under it.
+    """
+    if not driver.closed:
+        with socket.socket(fileno=os.dup(driver.pgconn.socket)) as line:
+            line.shutdown(socket.SHUT_RDWR)

@@ -20,6 +20,7 @@ values of its parameters are read for each execution. In the order a statement t
 7. `final` compiles what the shards run, and the statement over the pieces' rows, which
    PostgreSQL executes on one of them: to *combine*, or to *gather*.
 
+`unpreparable` says what of a statement keeps its transaction from being prepared.
 A `Plan` is what a person is shown of all this.
 
 Plain SQL that names a sharded or reference table goes another way to the same end:
@@ -31,5 +32,14 @@ Nothing here opens a connection.
 
 from shardalchemy.planner.analysis import Analyser, Analysis, OwnKeys
 from shardalchemy.planner.plan import Plan, PlanKind, PlanPiece
+from shardalchemy.planner.unpreparable import obstacle_of
 
-__all__ = ["Analyser", "Analysis", "OwnKeys", "Plan", "PlanKind", "PlanPiece"]
+__all__ = [
+    "Analyser",
+    "Analysis",
+    "OwnKeys",
+    "Plan",
+    "PlanKind",
+    "PlanPiece",
+    "obstacle_of",
+]

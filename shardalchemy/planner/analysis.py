@@ -35,6 +35,7 @@ from shardalchemy.planner.names import Guard, Named, named, whole_text
 from shardalchemy.planner.scopes import noted_scopes
 from shardalchemy.planner.slots import Arguments
 from shardalchemy.planner.splitting import split
+from shardalchemy.planner.unpreparable import obstacle_of
 from shardalchemy.planner.written import (
     rows_stay,
     unlike_copies,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
     from sqlalchemy.sql.cache_key import CacheKey
 
+    from shardalchemy.obstacles import Obstacle
     from shardalchemy.planner.pins import Restriction
     from shardalchemy.planner.scopes import Element, Noted
     from shardalchemy.planner.slots import SlotSet, Value
@@ -77,7 +79,8 @@ class Analysis:
     ``locks_copies`` says that it locks rows of reference tables, which all sessions
     have to do on one shard. ``lists`` are lists of keys of which a shard needs no
     others than its own, each with the parameter's name in the SQL. ``sets`` says that
-    it changes a setting of the transaction.
+    it changes a setting of the transaction; ``obstacle`` what it does that keeps the
+    transaction from being prepared.
     """
 
     kind: Kind
@@ -91,6 +94,7 @@ class Analysis:
     pieces: Pieces | None = None
     lists: tuple[tuple[str, Value], ...] = ()
     sets: bool = False
+    obstacle: Obstacle | None = None
 
     @property
     def scatter_problem(self) -> str | None:
@@ -209,10 +213,10 @@ class Analyser:
             return Analysis(Kind.HOME), ()  # a Sequence, for example
         key = statement._generate_cache_key()
         if key is None:
-            return self._analyse(statement, None), None
+            return self._analysed(statement, None), None
         known = self._known.get(key.key)
         if known is None:
-            known = self._analyse(statement, key)
+            known = self._analysed(statement, key)
             if len(self._known) >= self._capacity:
                 for old in list(self._known)[: self._capacity // 4]:
                     self._known.pop(old, None)
@@ -232,9 +236,14 @@ class Analyser:
         layout = Layout(self._noted(select, None), self._functions)
         return rows_stay(layout, named(select), column, pin.family)
 
-    def _analyse(self, statement: Any, key: CacheKey | None) -> Analysis:
+    def _analysed(self, statement: Any, key: CacheKey | None) -> Analysis:
         if getattr(statement, "_is_lambda_element", False):
             statement = statement._resolved
+        found = self._analyse(statement, key)
+        obstacle = obstacle_of(statement)
+        return found if obstacle is None else replace(found, obstacle=obstacle)
+
+    def _analyse(self, statement: Any, key: CacheKey | None) -> Analysis:
         found = named(statement)
         text = whole_text(statement)
         if text is not None and self._guard.words_in(text.text):

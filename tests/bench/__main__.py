@@ -2,7 +2,11 @@
 
 ``python -m tests.bench [ROUNDS]``: one row, one key, one commit at a time;
 ``python -m tests.bench queries [ROWS [ROUNDS]]``: statements over many rows;
-``python -m tests.bench stream [ROWS]``: all of a table through ``yield_per``.
+``python -m tests.bench snapshots [ROUNDS]``: snapshots opened while others commit;
+``python -m tests.bench stream [ROWS]``: all of a table through ``yield_per``;
+``python -m tests.bench throughput [SECONDS]``: transactions over two shards;
+``python -m tests.bench recovery [ORPHANS]``: what crashed processes left;
+``python -m tests.bench markers [COUNT]``: the size of the table of markers.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from shardalchemy.local import LocalCluster
 from shardalchemy.ring import KEY_TYPES
-from tests.bench import queries, streaming
+from tests.bench import queries, recovery, snapshots, streaming, throughput
 from tests.bench.bare import BareCommits
 from tests.bench.paired import Row, in_turn, in_turn_async, table
 from tests.bench.peers import Item, Peers, timed_commit
@@ -271,7 +275,14 @@ def main(rounds: int) -> str:
 
 
 if __name__ == "__main__":
-    tables = {"queries": queries.main, "stream": streaming.main}
+    tables = {
+        "queries": queries.main,
+        "snapshots": snapshots.main,
+        "stream": streaming.main,
+        "throughput": throughput.main,
+        "recovery": recovery.main,
+        "markers": recovery.markers,
+    }
     name, *numbers = sys.argv[1:] or ["400"]
     if name in tables:
         print(tables[name](*map(int, numbers)))

@@ -19,15 +19,15 @@ from psycopg.pq.abc import PGconn, PGresult
 
 from tests.bench.peers import Peers
 
-__all__ = ["BareCommits", "BareReads"]
+__all__ = ["Bare", "BareCommits", "BareReads"]
 
 
-class _Bare:
+class Bare:
     """A connection to each shard, as in a loop written for nothing else."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
-        self._connections: Mapping[str, psycopg.Connection] = {
+        self.connections: Mapping[str, psycopg.Connection] = {
             shard: psycopg.connect(
                 engine.url.set(drivername="postgresql").render_as_string(False),
                 autocommit=True,
@@ -42,9 +42,9 @@ class _Bare:
         poll = select.poll()
         waiting = {}
         for shard, send in sends.items():
-            send(self._connections[shard].pgconn)
+            send(self.connections[shard].pgconn)
         for shard in sends:
-            connection = self._connections[shard]
+            connection = self.connections[shard]
             running = generators.execute(connection.pgconn)
             next(running)
             waiting[connection.fileno()] = (shard, running)
@@ -61,34 +61,8 @@ class _Bare:
                     results[shard] = stop.value[-1]
         return results
 
-    def close(self) -> None:
-        for connection in self._connections.values():
-            connection.close()
-
-
-class BareCommits(_Bare):
-    """The commit protocol's commands."""
-
-    def commit(self, shards: list[str], turn: int) -> float:
-        """Return the seconds of committing one update on each of *shards*."""
-        for shard in shards:
-            connection = self._connections[shard]
-            connection.execute("BEGIN")
-            connection.execute(
-                "UPDATE bench_items SET stock = stock + 1 WHERE id = %s",
-                [self._peers.ids[shard][turn % 500]],
-            )
-        gid = f"bench-{uuid.uuid4()}"
-        start = time.perf_counter()
-        if len(shards) == 1:
-            self._send({shards[0]: "COMMIT"})
-        else:
-            marker = f"INSERT INTO shardalchemy.txn VALUES ('{gid}', 'committed');"
-            self._send({s: f"{marker} PREPARE TRANSACTION '{gid}/{s}'" for s in shards})
-            self._send({s: f"COMMIT PREPARED '{gid}/{s}'" for s in shards})
-        return time.perf_counter() - start
-
-    def _send(self, commands: Mapping[str, str]) -> None:
+    def send(self, commands: Mapping[str, str]) -> None:
+        """Send each of its shards a command, and wait for all."""
         self._round(
             {
                 shard: lambda pgconn, command=command: pgconn.send_query(
@@ -98,8 +72,35 @@ class BareCommits(_Bare):
             }
         )
 
+    def close(self) -> None:
+        for connection in self.connections.values():
+            connection.close()
 
-class BareReads(_Bare):
+
+class BareCommits(Bare):
+    """The commit protocol's commands."""
+
+    def commit(self, shards: list[str], turn: int) -> float:
+        """Return the seconds of committing one update on each of *shards*."""
+        for shard in shards:
+            connection = self.connections[shard]
+            connection.execute("BEGIN")
+            connection.execute(
+                "UPDATE bench_items SET stock = stock + 1 WHERE id = %s",
+                [self._peers.ids[shard][turn % 500]],
+            )
+        gid = f"bench-{uuid.uuid4()}"
+        start = time.perf_counter()
+        if len(shards) == 1:
+            self.send({shards[0]: "COMMIT"})
+        else:
+            marker = f"INSERT INTO shardalchemy.txn VALUES ('{gid}', 'committed');"
+            self.send({s: f"{marker} PREPARE TRANSACTION '{gid}/{s}'" for s in shards})
+            self.send({s: f"COMMIT PREPARED '{gid}/{s}'" for s in shards})
+        return time.perf_counter() - start
+
+
+class BareReads(Bare):
     """One prepared statement on every server at once; nothing is merged."""
 
     def __init__(self, peers: Peers) -> None:
@@ -111,18 +112,18 @@ class BareReads(_Bare):
         name = self._prepared.get(sql) or self._prepare(sql)
         results = self._round(
             dict.fromkeys(
-                self._connections, lambda pgconn: pgconn.send_query_prepared(name, None)
+                self.connections, lambda pgconn: pgconn.send_query_prepared(name, None)
             )
         )
         rows: list[tuple[Any, ...]] = []
         for shard, result in results.items():
-            reading = Transformer(self._connections[shard])
+            reading = Transformer(self.connections[shard])
             reading.set_pgresult(result)
             rows += reading.load_rows(0, result.ntuples, tuple)
         return rows
 
     def _prepare(self, sql: str) -> bytes:
         name = self._prepared[sql] = f"bare_{len(self._prepared)}".encode()
-        for connection in self._connections.values():
+        for connection in self.connections.values():
             connection.pgconn.prepare(name, sql.encode())
         return name

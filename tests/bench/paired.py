@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Row", "in_turn", "in_turn_async", "table"]
+__all__ = ["Row", "in_turn", "in_turn_async", "shuffled", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def in_turn(
     gc.disable()
     try:
         for turn in range(rounds):
-            for way in _shuffled(ways, turn):
+            for way in shuffled(ways, turn):
                 start = time.perf_counter()
                 own = ways[way](turn)
                 elapsed = time.perf_counter() - start
@@ -66,7 +66,7 @@ def in_turn_async(
     async def measured() -> dict[str, list[float]]:
         times: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(rounds + 5):
-            for way in _shuffled(ways, turn):
+            for way in shuffled(ways, turn):
                 start = time.perf_counter()
                 await ways[way](turn)
                 times[way].append(time.perf_counter() - start)
@@ -76,7 +76,7 @@ def in_turn_async(
     return _rows(what, asyncio.run(measured()), targets or {})
 
 
-def _shuffled(ways: Mapping[str, object], turn: int) -> list[str]:
+def shuffled(ways: Mapping[str, object], turn: int) -> list[str]:
     """Return the ways in an order of this turn's own.
 
     In a fixed or a merely reversed order, one way would always find the caches as the

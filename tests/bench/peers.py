@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import BigInteger, create_engine, text
 from sqlalchemy.ext.horizontal_shard import ShardedSession as HorizontalSession
@@ -30,9 +30,7 @@ class Peers:
     """The cluster, and peers that use its servers and its rows."""
 
     def __init__(self, cluster: Cluster, urls: Mapping[str, str]) -> None:
-        self.cluster = cluster
-        self.engines = {name: create_engine(url) for name, url in urls.items()}
-        self.shards = list(urls)
+        self._connect(cluster, urls)
         cluster.create_all(Base.metadata)
         self.ids: dict[str, list[int]] = {name: [] for name in urls}
         self.free: dict[str, list[int]] = {name: [] for name in urls}
@@ -47,13 +45,34 @@ class Peers:
                 for n in mine
             )
 
+    def _connect(
+        self, cluster: Cluster, urls: Mapping[str, str], **options: Any
+    ) -> None:
+        self.cluster = cluster
+        self.engines = {name: create_engine(u, **options) for name, u in urls.items()}
+        self.shards = list(urls)
+
+    @classmethod
+    def existing(
+        cls,
+        cluster: Cluster,
+        urls: Mapping[str, str],
+        ids: dict[str, list[int]],
+        **options: Any,
+    ) -> Self:
+        """Return the peers of another process, which has made the rows."""
+        peers = cls.__new__(cls)
+        peers._connect(cluster, urls, **options)
+        peers.ids = ids
+        return peers
+
     def plain(self, shard: str, **options: Any) -> sessionmaker[Any]:
         return sessionmaker(self.engines[shard], **options)
 
     def sharded(self, **options: Any) -> sessionmaker[Any]:
         return self.cluster.sessionmaker(**options)
 
-    def horizontal(self) -> sessionmaker[Any]:
+    def horizontal(self, **options: Any) -> sessionmaker[Any]:
         """SQLAlchemy's own, told to choose as this library does."""
         place = self.cluster.shard_for
 
@@ -76,6 +95,7 @@ class Peers:
             shard_chooser=shard_chooser,
             identity_chooser=identity_chooser,
             execute_chooser=execute_chooser,
+            **options,
         )
 
     def close(self) -> None:

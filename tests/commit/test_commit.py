@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import pytest
 from sqlalchemy import event, exc, select, text
@@ -53,8 +54,13 @@ def test_a_transaction_over_shards_is_on_all_of_them(
 
 @pytest.mark.parametrize("resolve_commits", [True, False])
 def test_one_writer_leaves_one_marker_or_none(
-    bank: Cluster, servers: Servers, resolve_commits: bool
+    bank: Cluster,
+    servers: Servers,
+    resolve_commits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(finisher, "_FORGET_EVERY", 60.0)
+    cleared_markers(servers)
     a, b = number_on(bank, "s1"), number_on(bank, "s2")
     with (
         servers.local.cluster(resolve_commits=resolve_commits) as cluster,
@@ -189,6 +195,78 @@ def test_session_events_are_fired_once(bank: Cluster, servers: Servers) -> None:
         session.commit()
         assert seen == ["before_commit", "before_flush", "after_commit"]
         session.rollback()
+
+
+def slow_finisher(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the second step of commits that nobody waits for come late."""
+    finish = finisher.Finisher._finish
+
+    def late(self: finisher.Finisher, works: list) -> list:
+        time.sleep(seconds)
+        return finish(self, works)
+
+    monkeypatch.setattr(finisher.Finisher, "_finish", late)
+
+
+def test_a_session_given_a_commit_token_sees_that_commit(
+    bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_finisher(monkeypatch, 0.3)
+    numbers = [number_on(bank, shard) for shard in servers]
+    with (
+        bank.sessionmaker(ack="prepared")() as writer,
+        servers.local.cluster() as elsewhere,
+        elsewhere.sessionmaker()() as unaware,
+    ):
+        assert writer.commit_token is None
+        writer.add_all(Account(number=n, balance=1) for n in numbers)
+        writer.commit()
+        token = writer.commit_token
+        assert token is not None
+        assert unaware.scalars(select(Account)).all() == []
+        with elsewhere.sessionmaker()(after=token) as reader:
+            assert reader.commit_token == token
+            assert len(reader.scalars(select(Account)).all()) == 4
+            assert reader.commit_token is None
+        assert len(writer.scalars(select(Account)).all()) == 4
+        assert writer.commit_token is None
+        with elsewhere.sessionmaker()(after=writer.commit_token) as reader:
+            assert reader.get_one(Account, numbers[0]).balance == 1
+
+
+def test_a_token_of_a_process_that_is_gone_is_seen_all_the_same(
+    bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finisher.Finisher, "_finish", lambda self, works: works)
+    numbers = [number_on(bank, shard) for shard in servers]
+    with bank.sessionmaker(ack="prepared")() as writer:
+        writer.add_all(Account(number=n, balance=1) for n in numbers)
+        writer.commit()
+        with bank.sessionmaker()(after=writer.commit_token) as reader:
+            assert len(reader.scalars(select(Account)).all()) == 4
+
+
+@pytest.mark.parametrize("token", ["sa1:00000000:" + "0" * 32 + ":3", "nonsense"])
+def test_what_is_no_token_of_this_cluster_is_refused(bank: Cluster, token: str) -> None:
+    with pytest.raises(ConfigurationError, match="token"):
+        bank.sessionmaker()(after=token).scalars(select(Account)).all()
+
+
+async def test_a_token_in_an_event_loop(
+    bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_finisher(monkeypatch, 0.2)
+    Session = bank.async_sessionmaker(ack="prepared")
+    async with Session() as writer, Session() as plain:
+        writer.add_all(
+            Account(number=number_on(bank, shard), balance=1) for shard in servers
+        )
+        await writer.commit()
+        async with Session(after=writer.commit_token) as reader:
+            assert len((await reader.scalars(select(Account))).all()) == 4
+        assert len((await writer.scalars(select(Account))).all()) == 4
+        assert plain.commit_token is None
+    await bank.aclose()
 
 
 async def test_the_same_in_an_event_loop(bank: Cluster, servers: Servers) -> None:

@@ -87,13 +87,32 @@ def test_killed_before_prepare_and_back_soon(bank: Bank) -> None:
     assert not bank.everywhere()
 
 
+def test_killed_before_the_commit(bank: Bank) -> None:
+    session = bank.begin()
+    server = bank.local.servers["s2"]
+    server.kill()
+    # It is known before anything is sent, so there is no doubt although it is away.
+    with pytest.raises(TransactionAborted, match="shard s2"):
+        session.commit()
+    session.close()
+    assert bank.servers.rows("s1", "SELECT gid FROM pg_prepared_xacts") == []
+    server.start()
+    assert not bank.everywhere()
+
+
 def test_killed_before_prepare_and_gone_for_long(
     bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bank.cluster._transactions.recovery, "_patience", 0.5)
     session = bank.begin()
     server = bank.local.servers["s2"]
-    server.kill()
+    prepare = driver._prepare
+
+    def kill_then_prepare(*arguments: object) -> object:
+        server.kill()
+        return prepare(*arguments)
+
+    monkeypatch.setattr(driver, "_prepare", kill_then_prepare)
     with pytest.raises(CommitOutcomeUnknown) as caught:
         session.commit()
     session.close()

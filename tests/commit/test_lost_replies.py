@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from sqlalchemy import exc, text
+from sqlalchemy import exc, update
 
 from shardalchemy import Cluster, CommitOutcomeUnknown, TransactionAborted
 from shardalchemy.commit import Gid, driver
@@ -18,7 +18,13 @@ from tests.conftest import Servers, wipe
 from tests.proxy import CuttingProxy
 
 BALANCES = "SELECT number, balance FROM accounts"
-TEMPORARY = text("CREATE TEMPORARY TABLE IF NOT EXISTS passing (n int)")
+# What PREPARE TRANSACTION finds out, and no statement before it.
+REFUSE = """
+    CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
+        AS $$ BEGIN RAISE check_violation USING MESSAGE = 'refused'; END $$;
+    CREATE CONSTRAINT TRIGGER refused AFTER INSERT ON accounts
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()
+"""
 
 before_or_after = pytest.mark.parametrize(
     "cut_before", [True, False], ids=["before it arrives", "before the reply"]
@@ -52,25 +58,18 @@ class Bank:
         proxy.cut_on, proxy.cut_before = request, before
         return proxy
 
-    async def commit(
-        self, *shards: str, is_async: bool, refused_on: str | None = None
-    ) -> None:
+    async def commit(self, *shards: str, is_async: bool) -> None:
         """Add an account on each of *shards*, and commit."""
         rows = [Account(number=self.numbers[shard], balance=1) for shard in shards]
-        refused = {"bind_arguments": {"shard": refused_on}}
         if is_async:
             async with self.cluster.async_sessionmaker()() as session:
                 session.add_all(rows)
                 await session.flush()
-                if refused_on is not None:
-                    await session.execute(TEMPORARY, **refused)
                 await session.commit()
         else:
             with self.cluster.sessionmaker()() as session:
                 session.add_all(rows)
                 session.flush()
-                if refused_on is not None:
-                    session.execute(TEMPORARY, **refused)
                 session.commit()
 
     def holds(self) -> list[str]:
@@ -183,10 +182,12 @@ async def test_commit_prepared_that_is_lost_is_repeated(
 async def test_rollback_prepared_that_is_lost_is_repeated(
     bank: Bank, cut_before: bool, is_async: bool
 ) -> None:
-    # PostgreSQL refuses to prepare what has touched a temporary table.
     proxy = bank.cut("s1", b"ROLLBACK PREPARED", before=cut_before)
-    with pytest.raises(exc.NotSupportedError, match="temporary objects"):
-        await bank.commit("s1", "s2", is_async=is_async, refused_on="s2")
+    with bank.servers.connect("s2") as connection:
+        connection.execute(REFUSE)
+        with pytest.raises(exc.IntegrityError, match="refused"):
+            await bank.commit("s1", "s2", is_async=is_async)
+        connection.execute("DROP TRIGGER refused ON accounts")
     assert proxy.cuts == 1
     assert bank.holds() == []
 
@@ -253,3 +254,32 @@ async def test_a_session_that_loses_one_reply_after_another_is_told_as_it_is(
         await bank.commit("s1", "s2", is_async=is_async)
     assert one.cuts == 2
     assert bank.holds() == ([] if never_arrives else ["s1", "s2"])
+
+
+def test_prepare_that_arrives_when_its_tombstone_is_old_is_refused(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broadcast = driver.broadcast
+
+    def held_up(connections: dict, commands: dict) -> dict:
+        """Let others recover, and clean up, before PREPARE gets to s2."""
+        if "PREPARE TRANSACTION" not in commands["s1"]:
+            return broadcast(connections, commands)
+        parts = [{shard: connections[shard]} for shard in ("s1", "s2")]
+        found = broadcast(parts[0], commands)
+        with bank.servers.local.cluster(recover_in_background=False) as other:
+            assert len(other.recover(grace=0).rolled_back) == 1
+            for _ in range(3):
+                other._transactions.housekeeping.clean(age=0)
+        return found | broadcast(parts[1], commands)
+
+    monkeypatch.setattr(driver, "broadcast", held_up)
+    with bank.cluster.sessionmaker()() as session:
+        session.add(Account(number=bank.numbers["s1"], balance=1))
+        session.flush()
+        # It matches no row: s2 counts as written on, by a transaction without an id.
+        nothing = update(Account).where(Account.number == bank.numbers["s2"])
+        session.execute(nothing.values(balance=2))
+        with pytest.raises(TransactionAborted, match="recovery"):
+            session.commit()
+    assert bank.holds() == []

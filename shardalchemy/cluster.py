@@ -153,7 +153,7 @@ class Cluster:
 
         this = weakref.ref(self)
         return commit.Transactions(
-            self._sync.connect,
+            self._shards.connect_in_background,
             lambda: self.topology,
             self._shards.connect_beside,
             lambda: sessions_of(this()),

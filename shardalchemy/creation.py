@@ -17,6 +17,7 @@ from shardalchemy.catalog import (
 )
 from shardalchemy.catalog.install import lock_catalog
 from shardalchemy.engine import fanout
+from shardalchemy.engine.wire import driver_of
 from shardalchemy.errors import ConfigurationError
 from shardalchemy.ring import allocate
 from shardalchemy.schema import Kind
@@ -49,9 +50,16 @@ def create_all(
     connections = {name: engines.connect(name) for name in engines.shards}
     try:
         states: dict[str, ShardState] = {}
+        locked: dict[int, str] = {}
         for name in sorted(connections):
-            lock_catalog(connections[name])
-            states[name] = read_state(connections[name])
+            connection = connections[name]
+            if not lock_catalog(connection, locked):
+                raise ConfigurationError(
+                    f"shard {name} is the same database as one of"
+                    f" {', '.join(locked.values())}. Compare the URLs."
+                )
+            locked[driver_of(connection).info.backend_pid] = name
+            states[name] = read_state(connection)
         topology = agreed(states)
         is_new = topology is None
         topology = topology or _initial(states, shards)

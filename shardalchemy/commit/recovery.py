@@ -14,18 +14,18 @@ so that a server which accepts connections and says nothing holds up no other.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import psycopg
 from sqlalchemy import exc as sa_exc
 
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Decision, Recoverer, Reply, Request
+from shardalchemy.engine import Visits
 from shardalchemy.engine.wire import driver_of, is_lost, simple_query, simple_rows
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.commit.counters import Counters
 
-__all__ = ["Recovery", "RecoveryReport", "Visits"]
-
-T = TypeVar("T")
+__all__ = ["Recovery", "RecoveryReport"]
 
 logger = logging.getLogger(__name__)
 
@@ -299,42 +297,3 @@ def _settle(connection: Connection, branch: str, request: Request) -> Reply:
         logger.warning("%s PREPARED '%s' is refused: %s", command, branch, error.orig)
         return Reply.UNREACHABLE
     return Reply.DONE
-
-
-class Visits:
-    """Visits to several shards at once, each in a thread, none waited for too long.
-
-    A shard whose last visit is still under way when it was given up is not visited
-    again before that has ended: a server that hangs costs one thread, one connection.
-    """
-
-    def __init__(self) -> None:
-        self._given_up: dict[str, threading.Thread] = {}
-
-    def at_once(
-        self, visit: Callable[[str], T], shards: Iterable[str], deadline: float
-    ) -> dict[str, T | Exception]:
-        """Call ``visit(shard)`` for all; an error is an answer, lateness an error."""
-        answers: dict[str, T | Exception] = {}
-
-        def run(shard: str) -> None:
-            try:
-                answers[shard] = visit(shard)
-            except Exception as error:
-                answers[shard] = error
-
-        threads: dict[str, threading.Thread] = {}
-        asked = list(shards)
-        for shard in asked:
-            before = self._given_up.get(shard)
-            if before is None or not before.is_alive():
-                threads[shard] = threading.Thread(
-                    target=run, args=(shard,), name="shardalchemy-visit", daemon=True
-                )
-                threads[shard].start()
-        for shard, thread in threads.items():
-            thread.join(max(0.05, deadline - time.monotonic()))
-            if thread.is_alive():
-                self._given_up[shard] = thread
-        late = TimeoutError("it does not answer")
-        return {shard: answers.get(shard, late) for shard in asked}

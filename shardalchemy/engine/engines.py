@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.util import await_only
 
 from shardalchemy.errors import ConfigurationError, UnknownShardError
@@ -45,6 +45,7 @@ class ShardEngines:
         self._sync: dict[str, Engine | Connection] = {}
         self._async: dict[str, AsyncEngine] = {}
         self._owned: list[Engine | AsyncEngine] = []
+        self._beside: dict[str, Engine] = {}
         self._options = {"pool_timeout": pool_timeout, **engine_options}
         self._budget = (
             _ConnectionBudget(max_connections, pool_timeout)
@@ -158,6 +159,28 @@ class ShardEngines:
             return cast(
                 "psycopg.Connection[Any]", pool._invoke_creator(cast("Any", None))
             )
+
+    def connect_in_background(self, shard: str) -> Connection:
+        """Open a connection to *shard* for what no session does, and none must hold up.
+
+        It is the pool's where the pool has one to spare, and no pool's otherwise.
+        """
+        engine = self.sync(shard).engine
+        pool = engine.pool
+        if isinstance(pool, QueuePool) and (
+            pool.checkedin() > 0
+            or (self._budget is None and pool.checkedout() < pool.size())
+        ):
+            return engine.connect()
+        beside = self._beside.get(shard)
+        if beside is None:
+            beside = create_engine(
+                "postgresql+psycopg://",
+                creator=lambda: self.connect_beside(shard),
+                poolclass=NullPool,
+            )
+            self._beside[shard] = beside
+        return beside.connect()
 
     def _named(self, shard: str) -> dict[str, Any]:
         return {"logging_name": shard, "pool_logging_name": shard, **self._options}

@@ -24,6 +24,7 @@ from shardalchemy.engine import attempt_all, end_of, fanout
 from shardalchemy.engine.wire import (
     driver_of,
     in_failed_transaction,
+    in_transaction,
     simple_query,
 )
 from shardalchemy.errors import TransactionAborted, TransactionFailed
@@ -109,9 +110,8 @@ class ShardedTransaction(_Routed):
         try:
             if len(connections) > 1:
                 self._commit_together(connections)
-            else:
-                self.session._commit_began = True
-                self._commit_alone(*connections.popitem())
+            elif not self._commit_alone(*connections.popitem()):
+                return
         except BaseException:
             self._give_up_lost()
             with self._expect_state(SessionTransactionState.CLOSED):
@@ -121,16 +121,35 @@ class ShardedTransaction(_Routed):
 
     def close(self, invalidate: bool = False) -> None:
         """Close the transaction, and let others have the rows' turns."""
-        if len(self._connections) > 2:
-            self._give_up_lost()
-        super().close(invalidate)
-        self.session._forget_transaction()
+        try:
+            self._roll_back_together()
+            super().close(invalidate)
+        finally:
+            self.session._forget_transaction()
 
     def rollback(self, *args: Any, **kwargs: Any) -> None:
-        """Roll back on all shards; on one that has ended its connection, it is."""
-        if len(self._connections) > 2:
-            self._give_up_lost()
+        """Roll back on all shards at once; on one that has hung up, it has happened."""
+        self._roll_back_together()
         super().rollback(*args, **kwargs)
+
+    def _roll_back_together(self) -> None:
+        """Roll back what is open on several shards, so that none fails for another's.
+
+        SQLAlchemy goes from one to the next, and stops at the first error.
+        """
+        # Each connection is there twice: by itself, and by its engine.
+        if len(self._connections) <= 2:
+            return
+        self._give_up_lost()
+        connections = {
+            shard: connection
+            for shard, connection in self._own_connections().items()
+            if in_transaction(driver_of(connection))
+        }
+        attempt_all(
+            lambda _, connection: simple_query(connection, "ROLLBACK"), connections
+        )
+        self._give_up_lost()
 
     def _give_up_lost(self) -> None:
         """Leave connections that were lost out of what SQLAlchemy still has to end.
@@ -159,17 +178,22 @@ class ShardedTransaction(_Routed):
             and connection.engine in names
         }
 
-    def _commit_alone(self, shard: str, connection: Connection) -> None:
-        # SQLAlchemy's own COMMIT is all there is to do where nothing sharded was
-        # written, and where it says why it cannot be done.
-        driver = driver_of(connection)
+    def _commit_alone(self, shard: str, connection: Connection) -> bool:
+        """Commit the one shard there is; return False to leave that to SQLAlchemy.
+
+        Its own COMMIT is all there is to do where nothing sharded was written, and
+        where it says why it cannot be done.
+        """
+        self.session._commit_began = True
         if (
-            shard in self.session._written_shards
-            and not in_failed_transaction(driver)
-            and self.session._cluster.resolve_commits
+            shard not in self.session._written_shards
+            or not self.session._cluster.resolve_commits
+            or in_failed_transaction(driver_of(connection))
         ):
-            check_not_ended(shard, connection)
-            self.session._commit_alone(shard, connection)
+            return False
+        check_not_ended(shard, connection)
+        self.session._commit_alone(shard, connection)
+        return True
 
     def _commit_together(self, connections: Mapping[str, Connection]) -> None:
         # In the order of their names, so that transactions that meet meet in one order.

@@ -36,6 +36,11 @@ CREATE TABLE IF NOT EXISTS shardalchemy.txn (
 ALTER TABLE shardalchemy.txn
     ADD COLUMN IF NOT EXISTS xid xid8 NOT NULL DEFAULT pg_current_xact_id();
 CREATE INDEX IF NOT EXISTS txn_xid ON shardalchemy.txn (xid);
+-- What housekeeping has noted of a row that no process has removed: since when it knows
+-- it to be done with, and what was open then, by virtual transaction id.
+ALTER TABLE shardalchemy.txn
+    ADD COLUMN IF NOT EXISTS noted timestamptz,
+    ADD COLUMN IF NOT EXISTS open_then text[];
 
 -- The highest fencing token that has written under each named lock.
 CREATE TABLE IF NOT EXISTS shardalchemy.fence (

@@ -14,6 +14,12 @@
                             processes recover at once counts in both
 ``recovery.rolled_back``    transactions that recovery has rolled back
 ``recovery.in_doubt``       times that recovery had to leave one in doubt
+``in_doubt.waits``          transactions in doubt whose rows a session has waited for
+``in_doubt.resolved``       of these, those that were resolved for it
+``deadlocks``               transactions cancelled to end a deadlock between shards
+``snapshots``               snapshots that were opened
+``snapshot.retries``        times that one was opened anew, since it tore a transaction
+``snapshot.gates``          times that commits were held back to open one
 ``run.retries``             times that ``cluster.run`` has run a function again
 ==========================  ========================================================
 
@@ -41,6 +47,9 @@ NAMES = (
     "recovery.in_doubt",
     "recovery.rolled_back",
     "run.retries",
+    "snapshot.gates",
+    "snapshot.retries",
+    "snapshots",
     "unknown",
 )
 """The names that are there from the start, with 0; ``commits.<n>`` come as they do."""

@@ -22,11 +22,12 @@ visible in B of j.
   found prepared, what is not known of a shard is asked for in its open S.
 
 A torn transaction is decided, for it is committed somewhere; so it is only to be waited
-for, or to be helped. The cut is repaired by opening S anew, with the old S of the shard
-as base. What the new cut tears, the old one tore or a shard has as fresh: let T be
-visible in the new S of i and not in that of j, and so not in the old S of j. If the old
-S of i shows it, the old cut tore it. If not, it is fresh on i. So the candidates only
-grow, and what was visible stays so.
+for, or to be helped. The cut is repaired by opening S anew where it is missing, with
+the old S of the shard as base. What the new cut tears, the old one tore or a reopened
+shard has as fresh: let T be visible in the new cut's S of i and not in that of j, and
+so not in the old S of j. If the old S of i shows it, the old cut tore it. If not, i has
+been reopened and T is fresh there. So the candidates only grow, and what was visible
+stays so.
 
 Markers are deleted `finisher.RETENTION` seconds after the last participant's commit, or
 later. A cut whose base began less than that ago misses none that matters: where one is

@@ -4,7 +4,10 @@ A marker of a transaction that has committed everywhere is needed by snapshots f
 while, and by the session that has not heard of its commit; one of a transaction that is
 prepared anywhere is the proof that it has committed. A tombstone is needed for as long
 as its participant may still try to prepare, which is while a local transaction is open
-that is older than the tombstone.
+that was open when the tombstone came.
+
+So each goes in two steps, by any two processes: its row says since when it is known to
+be of no use but to those who have not noticed yet. No process has to live for long.
 
 Processes delete their own markers (`finisher`). These are of those that could not.
 """
@@ -12,7 +15,6 @@ Processes delete their own markers (`finisher`). These are of those that could n
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import exc as sa_exc
@@ -29,31 +31,47 @@ if TYPE_CHECKING:
 
 __all__ = ["LEFT_FOR", "Housekeeping"]
 
-LEFT_FOR = 60.0
-"""Seconds for which another's marker or tombstone is left alone."""
-
 T = TypeVar("T")
+
+LEFT_FOR = 60.0
+"""Seconds for which another's marker or tombstone is left alone, at each step."""
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 1000
+_OLD = "clock_timestamp() - make_interval(secs => {age})"
 _MARKERS = f"""
     SELECT gid FROM shardalchemy.txn
-    WHERE outcome = 'committed'
-      AND at < clock_timestamp() - make_interval(secs => {{age}})
+    WHERE outcome = 'committed' AND noted IS NULL AND at < {_OLD}
     ORDER BY xid LIMIT {_BATCH}
 """
 _PREPARED = """
     SELECT gid FROM pg_prepared_xacts
     WHERE database = current_database() AND gid LIKE '{ours}'
 """
-_FORGET = "DELETE FROM shardalchemy.txn WHERE gid = ANY ('{{{gids}}}')"
-_TOMBSTONES = f"""
+_NOTE_MARKERS = """
+    UPDATE shardalchemy.txn SET noted = clock_timestamp()
+    WHERE gid = ANY ('{{{gids}}}') AND noted IS NULL
+"""
+# Every open transaction has a virtual id, whether it has written or not, and shows it
+# to every role; one that has prepared or ended has none.
+_NOTE_TOMBSTONES = f"""
+    UPDATE shardalchemy.txn
+    SET noted = clock_timestamp(),
+        open_then = ARRAY(
+            SELECT virtualxid FROM pg_locks
+            WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()
+        )
+    WHERE outcome = 'aborted' AND noted IS NULL AND at < {_OLD}
+"""
+_REMOVE = f"""
     DELETE FROM shardalchemy.txn WHERE gid IN (
         SELECT gid FROM shardalchemy.txn
-        WHERE outcome = 'aborted'
-          AND at < clock_timestamp() - make_interval(secs => {{age}})
-          AND xid < pg_snapshot_xmin(pg_current_snapshot())
+        WHERE noted < {_OLD}
+          AND NOT EXISTS (
+            SELECT FROM pg_locks
+            WHERE locktype = 'virtualxid' AND virtualxid = ANY (open_then)
+          )
         ORDER BY xid LIMIT {_BATCH}
     )
 """
@@ -70,43 +88,37 @@ class Housekeeping:
     ) -> None:
         self._connect = connect
         self._topology = topology
-        self._complete: dict[tuple[str, Gid], float] = {}
 
     def clean(self, age: float = LEFT_FOR) -> int:
-        """Delete what is older than *age* seconds and needed no more; return how many.
+        """Delete what was noted over *age* seconds ago, then note what is done with.
 
-        A marker goes only at a call that is *age* seconds after the one which found its
-        transaction committed everywhere.
+        Of what is younger than *age* itself nothing is noted. Returns how many rows
+        were deleted.
         """
         topology = self._topology()
         found: dict[str, list[Gid]] = {}
         deleted = 0
         for shard in topology.shards:
-            sql = _MARKERS.format(age=age)
-            found[shard] = Gid.parse_all(self._ask(shard, sql) or ())
-            deleted += self._run(shard, _TOMBSTONES.format(age=age))
+            deleted += self._run(shard, _REMOVE.format(age=age))
+            self._run(shard, _NOTE_TOMBSTONES.format(age=age))
+            rows = self._ask(shard, _MARKERS.format(age=age))
+            found[shard] = Gid.parse_all(rows or ())
         # Looked at after the markers: what has a marker was prepared everywhere, so
         # what is no longer prepared has committed.
         numbers = {a.number: name for name, a in topology.addresses.items()}
         wanted = {n for gids in found.values() for gid in gids for n in gid.numbers}
         prepared = self._prepared({numbers[n] for n in wanted if n in numbers})
-        now = time.monotonic()
-        complete: dict[tuple[str, Gid], float] = {}
+
+        def is_complete(gid: Gid) -> bool:
+            return all(
+                n in numbers and gid not in prepared.get(numbers[n], {gid})
+                for n in gid.numbers
+            )
+
         for shard, gids in found.items():
-            old = []
-            for gid in gids:
-                names = [numbers.get(n) for n in gid.numbers]
-                if all(
-                    name in prepared and gid not in prepared[name] for name in names
-                ):
-                    since = self._complete.get((shard, gid), now)
-                    if now - since >= age:
-                        old.append(str(gid))
-                    else:
-                        complete[shard, gid] = since
-            if old:
-                deleted += self._run(shard, _FORGET.format(gids=",".join(old)))
-        self._complete = complete
+            complete = ",".join(str(gid) for gid in gids if is_complete(gid))
+            if complete:
+                self._run(shard, _NOTE_MARKERS.format(gids=complete))
         return deleted
 
     def _prepared(self, shards: Iterable[str]) -> dict[str, set[Gid]]:
@@ -123,8 +135,9 @@ class Housekeeping:
         return self._on(shard, lambda connection: simple_rows(connection, sql))
 
     def _run(self, shard: str, sql: str) -> int:
+        """Run an UPDATE or DELETE; return how many rows it had."""
         tags = self._on(shard, lambda connection: simple_query(connection, sql))
-        return 0 if tags is None else int(tags[-1].removeprefix("DELETE "))
+        return 0 if tags is None else int(tags[-1].rpartition(" ")[2])
 
     def _on(self, shard: str, do: Callable[[Connection], list[T]]) -> list[T] | None:
         try:

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -48,8 +48,12 @@ _ORPHANS = """
     WHERE database = current_database() AND gid LIKE '{ours}'
       AND prepared < clock_timestamp() - make_interval(secs => {grace})
 """
+# What is prepared is there to be seen before a synchronous standby has it, and a commit
+# elsewhere that follows from it could not be undone if the standby took over. Ending a
+# transaction that has written to the log waits for all that the standby lacks.
 _PREPARED = """
-    SELECT gid FROM pg_prepared_xacts
+    SELECT gid, pg_logical_emit_message(true, 'shardalchemy', '')
+    FROM pg_prepared_xacts
     WHERE database = current_database() AND gid = ANY ('{{{branches}}}')
 """
 _FENCE = """
@@ -61,7 +65,12 @@ _FENCE = """
     COMMIT;
     SELECT gid, outcome FROM shardalchemy.txn WHERE gid = ANY ('{{{gids}}}')
 """
-_ALONE = "BEGIN; SELECT pg_try_advisory_xact_lock(hashtext('shardalchemy.recovery'))"
+# Whoever hangs with the lock must not keep all others from recovering.
+_ALONE = """
+    BEGIN;
+    SET LOCAL idle_in_transaction_session_timeout = '10s';
+    SELECT pg_try_advisory_xact_lock(hashtext('shardalchemy.recovery'))
+"""
 
 _COUNTERS = {
     Decision.COMMIT: "recovery.committed",
@@ -228,7 +237,8 @@ def _by_shard(
 
 
 def _ended(connection: Connection) -> None:
-    if not is_lost(driver_of(connection)):
+    # Where it took so long that the server has hung up, it has ended.
+    with suppress(sa_exc.DBAPIError):
         simple_query(connection, "ROLLBACK")
 
 
@@ -245,7 +255,7 @@ def _ask(
         if looking := asked(Request.LOOK):
             branches = ",".join(gid.on(number) for gid in looking)
             found = simple_rows(connection, _PREPARED.format(branches=branches))
-            prepared = {gid for (gid,) in found}
+            prepared = {gid for gid, _ in found}
             for gid in looking:
                 here = gid.on(number) in prepared
                 replies[gid] = Reply.PREPARED if here else Reply.ABSENT

@@ -2,9 +2,9 @@
 
 All shards open at once, each in one message; `cut` has what has to be asked in it and
 why that is enough. A cut that tears a transaction is repaired where it is missing. It
-is decided, so that a shard on which it is still prepared may be told to commit it: so a
-coordinator that is slow, or dead, delays a snapshot by milliseconds. Only where this
-does not lead to an end is the gate shut for a moment, or where it is asked for.
+is decided, so that it is waited for there, and the shard told to commit it if that
+takes long: a coordinator that is slow, or dead, delays a snapshot by milliseconds. Only
+where this does not lead to an end is the gate shut for a moment, or for *strict*.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -47,24 +48,27 @@ _BASE = "SELECT pg_current_snapshot()"
 # the snapshot, but of the moment.
 _PREPARED = (
     "BEGIN; SELECT string_agg(gid, ' ') FROM pg_prepared_xact()"
-    " WHERE gid ~ '^{ours}[0-9a-f:]+/{number}$'; COMMIT; "
+    " WHERE gid LIKE '{ours}%/{number}'; COMMIT; "
 )
 _OPEN = (
     "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;"
     " SELECT pg_current_snapshot(), (SELECT string_agg(gid, ' ') FROM shardalchemy.txn"
     " WHERE xid >= '{xmin}' AND NOT pg_visible_in_snapshot(xid, '{base}')"
-    " AND outcome = 'committed' AND gid ~ '^{ours}[0-9a-f:]+$')"
+    " AND outcome = 'committed')"
 )
-# No gid that comes from above holds more than [0-9a-z:].
 _VISIBLE = (
     "SELECT string_agg(gid, ' ') FROM shardalchemy.txn"
     " WHERE gid = ANY ('{{{gids}}}') AND outcome = 'committed'"
 )
+# What else may be in the table, or prepared, is not to get into the text of a command.
+_NAMES = re.compile(r"sa1:[0-9a-f:]+(?:/\d+)?(?: sa1:[0-9a-f:]+(?:/\d+)?)*")
+
 _COMMIT_PREPARED = "COMMIT PREPARED '{gid}/{number}'"
-_DONE_BY_ANOTHER = (
-    psycopg.errors.UndefinedObject,
-    psycopg.errors.ObjectNotInPrerequisiteState,  # it is busy
+_LEFT_TO_OTHERS = (
+    psycopg.errors.UndefinedObject,  # done
+    psycopg.errors.ObjectNotInPrerequisiteState,  # busy
     psycopg.errors.ObjectInUse,
+    psycopg.errors.InsufficientPrivilege,
 )
 
 _BASE_IS_RECENT = 0.25
@@ -73,11 +77,22 @@ _BASE_IS_RECENT = 0.25
 Without one there is a round trip more; with an old one there are many fresh
 transactions to be looked at.
 """
-_REPAIRS = 8  # of one cut, before the gate is shut for another
-_GATED_REPAIRS = 24
-_HELP_AFTER = 0.005  # seconds for which a transaction may be torn
+_GATE_AFTER = 0.05  # seconds of repairs before commits are held up for a cut
+_HELP_AFTER = 0.01  # seconds for which a torn transaction is waited for
 _SHORTEST_PAUSE = 0.001
 _GATE_PAUSE, _LONGEST_GATE_PAUSE = 0.02, 0.2
+
+# The marker of a transaction that is prepared keeps another one from coming in until it
+# is decided there. One that has none any more leaves nothing either.
+_BEGIN_WAIT = f"BEGIN READ WRITE; SET LOCAL lock_timeout = {_HELP_AFTER * 1000:.0f}; "
+_WAIT = (
+    "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'aborted')"
+    " ON CONFLICT (gid) DO NOTHING; "
+)
+_LAPSED = (
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.InsufficientPrivilege,  # of a role that only reads
+)
 
 
 class Snapshots:
@@ -104,12 +119,12 @@ class Snapshots:
         """
         shards = _Shards(topology, connections, until)
         opening = _Opening(shards, self._counters, finishes_all=strict)
-        cut = None if strict else opening.run(self._base(connections), _REPAIRS)
+        cut = None if strict else opening.run(self._base(connections), _GATE_AFTER)
         pause = _GATE_PAUSE
         while cut is None:
             with self._gate(shards, connect) as gate:
                 if shards.waits_for(gate.is_shut, PATIENCE):
-                    cut = opening.run(self._base(connections), _GATED_REPAIRS)
+                    cut = opening.run(self._base(connections), PATIENCE)
                     # If a gate is open by now, it may have been all the while.
                     cut = cut if gate.is_shut() else None
             if cut is None:
@@ -168,11 +183,16 @@ class _Shards:
         self.is_async = next(iter(connections.values())).dialect.is_async
 
     def ask(
-        self, commands: Mapping[str, str], *, anew: bool = False
+        self,
+        commands: Mapping[str, str],
+        *,
+        anew: bool = False,
+        may_lapse: bool = False,
     ) -> dict[str, Rows]:
         """Send each shard its command; return the rows of its statements.
 
-        *anew* ends the transaction before, where there is one.
+        *anew* ends the transaction before, where there is one. *may_lapse* leaves out a
+        shard that has waited for too long, or may not wait.
         """
         if anew:
             commands = {
@@ -182,9 +202,10 @@ class _Shards:
         found = {}
         outcomes = ask_all(self.connections, commands, until=self.until)
         for shard, outcome in outcomes.items():
-            if isinstance(outcome, Exception):
+            if not isinstance(outcome, Exception):
+                found[shard] = outcome
+            elif not (may_lapse and _is_one_of(outcome, _LAPSED)):
                 raise self._unavailable(shard, outcome) from outcome
-            found[shard] = outcome
         return found
 
     def try_each(self, command: str, parts: Mapping[str, Sequence[str]]) -> None:
@@ -203,7 +224,7 @@ class _Shards:
                     continue
                 if is_lost(driver_of(self.connections[shard])):
                     raise self._unavailable(shard, outcome) from outcome
-                if not isinstance(getattr(outcome, "orig", None), _DONE_BY_ANOTHER):
+                if not _is_one_of(outcome, _LEFT_TO_OTHERS):
                     logger.warning("shard %s: %s", shard, outcome)
 
     def waits_for(self, condition: Callable[[], bool], seconds: float) -> bool:
@@ -244,17 +265,16 @@ class _Opening:
         self._counters = counters
         self._finishes_all = finishes_all
         self._snapshots: dict[str, str] = {}
-        self._torn_since: dict[str, float] = {}
 
-    def run(self, base: Base | None, repairs: int) -> Base | None:
+    def run(self, base: Base | None, seconds: float) -> Base | None:
         """Open a cut that is compared with *base*; return it, or None without success.
 
-        That is where transactions are still torn after so many *repairs*, or where it
-        took so long that markers may have been deleted meanwhile.
+        That is where transactions are still torn after so many *seconds* of repairs, or
+        where it took so long that markers may have been deleted meanwhile.
         """
         began = time.monotonic()
         evidence = self._open(base) if base is not None else self._open_first()
-        for turn in range(repairs + 1):
+        while True:
             self._ask(evidence)
             torn = evidence.torn()
             if self._finishes_all:
@@ -262,13 +282,13 @@ class _Opening:
             if not torn:
                 since = began if base is None else base.began
                 if time.monotonic() - since > finisher.RETENTION / 2:
-                    break
+                    return None
                 return Base(dict(self._snapshots), began, is_whole=True)
             if time.monotonic() >= self._shards.until:
                 raise _never_whole(torn[0])
-            if turn < repairs:
-                self._repair(evidence, torn)
-        return None
+            if time.monotonic() - began > seconds:
+                return None
+            self._repair(evidence, torn)
 
     def _open(self, base: Base) -> Evidence:
         """Open all shards, with a cut that was accepted as base."""
@@ -288,23 +308,32 @@ class _Opening:
         return evidence
 
     def _begin(
-        self, bases: Mapping[str, str], *, look: bool
+        self,
+        bases: Mapping[str, str],
+        *,
+        look: bool,
+        after: Mapping[str, Sequence[str]] | None = None,
     ) -> dict[str, tuple[list[str], list[str]]]:
         """Open a snapshot on each shard; return what is fresh in it, against *bases*.
 
-        And what was prepared just before, if there is to be a *look*.
+        And what was prepared just before, if there is to be a *look*. *after* are
+        transactions that are to end first; where they do not, there is no answer.
         """
         shards = self._shards
         commands = {}
         for shard, base in bases.items():
             xmin = base.partition(":")[0]
-            command = _OPEN.format(xmin=xmin, base=base, ours=shards.ours)
+            command = _OPEN.format(xmin=xmin, base=base)
             if look:
                 number = shards.number_of[shard]
                 command = _PREPARED.format(ours=shards.ours, number=number) + command
+            if after is not None:
+                waits = "".join(_WAIT.format(gid=gid) for gid in after[shard])
+                command = f"{_BEGIN_WAIT}{waits}ROLLBACK; {command}"
             commands[shard] = command
+        asked = shards.ask(commands, anew=True, may_lapse=after is not None)
         found = {}
-        for shard, answer in shards.ask(commands, anew=True).items():
+        for shard, answer in asked.items():
             snapshot, fresh = answer[-1]
             self._snapshots[shard] = str(snapshot)
             branches = _names(answer[0][0]) if look else []
@@ -323,27 +352,26 @@ class _Opening:
                 evidence.told(shard, questions[shard], _names(answer[0][0]))
 
     def _repair(self, evidence: Evidence, torn: Sequence[Torn]) -> None:
-        """Open all shards anew, all at once.
+        """Open anew the shards where something is missing, as soon as it is there.
 
-        If only those were opened where something is missing, there would be commits
-        between these and the others: the more of them the longer it takes.
+        No later, for what commits there in between and elsewhere afterwards is torn by
+        the new cut; what stays away is committed by this process.
         """
-        now = time.monotonic()
-        since = {t.gid: self._torn_since.get(t.gid, now) for t in torn}
-        late: dict[str, list[str]] = {}
+        missing: dict[str, list[str]] = {}
         for one in torn:
-            if now - since[one.gid] > _HELP_AFTER:
-                for shard in one.missing:
-                    late.setdefault(shard, []).append(one.gid)
+            for shard in one.missing:
+                missing.setdefault(shard, []).append(one.gid)
+        self._counters.add("snapshot.retries")
+        said = self._begin(self._bases(missing), look=self._finishes_all, after=missing)
+        late = {s: gids for s, gids in missing.items() if s not in said}
         if late:
             self._shards.try_each(_COMMIT_PREPARED, late)
-        elif since.keys() & self._torn_since.keys():
-            self._shards.pause(_SHORTEST_PAUSE)  # it is not done at once
-        self._torn_since = since
-        self._counters.add("snapshot.retries")
-        bases = dict(self._snapshots)
-        for shard, said in self._begin(bases, look=self._finishes_all).items():
-            evidence.reopened(shard, *said)
+            said |= self._begin(self._bases(late), look=self._finishes_all)
+        for shard, heard in said.items():
+            evidence.reopened(shard, *heard)
+
+    def _bases(self, shards: Iterable[str]) -> dict[str, str]:
+        return {shard: self._snapshots[shard] for shard in shards}
 
 
 def _never_whole(torn: Torn) -> SnapshotUnavailable:
@@ -361,5 +389,15 @@ def _never_shut(shards: Iterable[str]) -> SnapshotUnavailable:
     )
 
 
+def _is_one_of(error: Exception, kinds: tuple[type[psycopg.Error], ...]) -> bool:
+    return isinstance(getattr(error, "orig", None), kinds)
+
+
 def _names(joined: str | None) -> list[str]:
-    return [] if joined is None else joined.split(" ")
+    """Return the names in what string_agg() gave; none that is not one of ours."""
+    if joined is None:
+        return []
+    names = joined.split(" ")
+    if _NAMES.fullmatch(joined) is None:
+        names = [name for name in names if _NAMES.fullmatch(name)]
+    return names

@@ -60,7 +60,8 @@ class Cluster:
     home shard of a cluster that is created with it. *redis* is a URL of the Redis or
     Valkey in which hot rows are queued for. *ack* says when a cross-shard commit
     returns: ``"committed"`` everywhere, or as soon as all shards have ``"prepared"``.
-    *max_connections* bounds the connections this process opens to all shards together.
+    *max_connections* bounds the connections this process opens to all shards together,
+    but for one a shard by which waits are looked at while sessions wait.
     *gather_max_rows* bounds the rows that a statement may bring from all shards to one,
     where it cannot be answered otherwise.
     *scatter* says what becomes of a statement whose shard keys nothing pins, so that it

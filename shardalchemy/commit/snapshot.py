@@ -83,10 +83,14 @@ _SHORTEST_PAUSE = 0.001
 _GATE_PAUSE, _LONGEST_GATE_PAUSE = 0.02, 0.2
 
 # The marker of a transaction that is prepared keeps another one from coming in until it
-# is decided there. One that has none any more leaves nothing either.
-_BEGIN_WAIT = f"BEGIN READ WRITE; SET LOCAL lock_timeout = {_HELP_AFTER * 1000:.0f}; "
+# has committed there. Of what has none, nothing stays either. The xid is given, lest
+# its default has this transaction take one.
+_BEGIN_WAIT = (
+    "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;"
+    f" SET LOCAL lock_timeout = {_HELP_AFTER * 1000:.0f}; "
+)
 _WAIT = (
-    "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'aborted')"
+    "INSERT INTO shardalchemy.txn (gid, outcome, xid) VALUES ('{gid}', 'aborted', '0')"
     " ON CONFLICT (gid) DO NOTHING; "
 )
 _LAPSED = (

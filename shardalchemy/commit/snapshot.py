@@ -126,14 +126,14 @@ class Snapshots:
         cut = None if strict else opening.run(self._base(connections), _GATE_AFTER)
         pause = _GATE_PAUSE
         while cut is None:
+            if time.monotonic() >= until:
+                raise _never_shut(connections)
             with self._gate(shards, connect) as gate:
                 if shards.waits_for(gate.is_shut, PATIENCE):
                     cut = opening.run(self._base(connections), PATIENCE)
                     # If a gate is open by now, it may have been all the while.
                     cut = cut if gate.is_shut() else None
             if cut is None:
-                if time.monotonic() >= until:
-                    raise _never_shut(connections)
                 shards.pause(random.uniform(pause / 2, pause))
                 pause = min(2 * pause, _LONGEST_GATE_PAUSE)
         self._last = cut

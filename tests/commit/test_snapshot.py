@@ -530,7 +530,7 @@ def test_a_gate_that_opens_too_early_is_shut_again_until_the_timeout(
         connection.execute(f"BEGIN; SELECT {SHARED}")  # or it would be granted
         with monkeypatch.context() as patch:
             patch.setattr(snapshot._Opening, "run", late)
-            with pytest.raises(SnapshotUnavailable, match="could not be held up"):
+            with pytest.raises(SnapshotUnavailable, match="held up"):
                 bank.snapshot(strict=True, timeout=0.5).__enter__()
         assert servers.where(ADVISORY) == {"s2": [("ShareLock", True)]}
     assert bank.counters["snapshot.gates"] >= 2

@@ -315,9 +315,10 @@ class Cluster:
         What is promised: a transaction over several shards is wholly visible or not at
         all; on each shard there is the one moment that PostgreSQL's REPEATABLE READ
         gives; and what has returned from its commit is visible, but with
-        ``ack="prepared"`` perhaps not yet. What is not: an order between transactions
-        on different shards. Of two, each on one shard, the later may be visible and the
-        earlier not, if both commit while the snapshot is opened.
+        ``ack="prepared"`` perhaps not yet, unless ``after=`` its commit token. What is
+        not: an order between transactions on different shards. Of two, each on one
+        shard, the later may be visible and the earlier not, if both commit while the
+        snapshot is opened.
 
         With *strict* what had returned from its commit is visible whatever its ``ack``,
         and with each transaction all those whose commits had returned before its own

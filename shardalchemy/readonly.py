@@ -104,6 +104,9 @@ class SnapshotSession(ShardedSession):
         until = time.monotonic() + timeout
         topology = self._topology()
         snapshots = self._cluster._transactions.snapshots
+        if self._unseen:
+            for shard in topology.shards:
+                self._unseen.wait(shard, self._engines, self._cluster)
         while True:
             connections: dict[str, Connection] = {}
             try:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from shardalchemy.engine import ask_all, broadcast
 from shardalchemy.engine.wire import driver_of, in_transaction, send
+from shardalchemy.errors import SnapshotUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,10 +37,11 @@ SHARED = "pg_advisory_xact_lock_shared(1936220524, 1)"
 PATIENCE = 0.1
 """Seconds after which a gate opens by itself, for those who wait behind it."""
 
-_SHUT = (
-    f"BEGIN; SET LOCAL lock_timeout = {PATIENCE * 1000:.0f};"
-    " SELECT pg_advisory_xact_lock(1936220524, 1)"
+# The server tells its own pid: a pooler in between would tell another.
+_BEGIN = (
+    f"BEGIN; SET LOCAL lock_timeout = {PATIENCE * 1000:.0f}; SELECT pg_backend_pid()"
 )
+_SHUT = "SELECT pg_advisory_xact_lock(1936220524, 1)"
 _STATE = (
     "SELECT granted FROM pg_locks WHERE locktype = 'advisory'"
     " AND classid = 1936220524 AND objid = 1 AND pid = {pid}"
@@ -65,10 +67,19 @@ class Gate:
         self._watchers = watchers
         self._until = until
         self._asked: set[str] = set()
-        self._pids = {s: driver_of(c).info.backend_pid for s, c in holders.items()}
+        self._pids: dict[str, str] = {}
 
     def shut(self) -> None:
         """Ask for all gates; they are shut in a moment, and for `PATIENCE` at most."""
+        begun = ask_all(
+            self._holders, dict.fromkeys(self._holders, _BEGIN), until=self._until
+        )
+        for shard, rows in begun.items():
+            if isinstance(rows, Exception):
+                raise SnapshotUnavailable(
+                    f"commits on shard {shard} cannot be held up: {rows}"
+                ) from rows
+            self._pids[shard] = str(rows[0][0])
         for shard, holder in self._holders.items():
             send(holder, _SHUT)
             self._asked.add(shard)
@@ -79,14 +90,13 @@ class Gate:
 
     def open(self) -> None:
         """Open all gates."""
-        if not self._asked:
-            return
         asked = {s: c for s, c in self._holders.items() if s in self._asked}
         waiting = {s for s, granted in self._states().items() if not granted}
         self._ask({s: _CANCEL.format(pid=self._pids[s]) for s in waiting})
         # Where the watcher could not cancel it, the request ends by its own timeout.
         until = time.monotonic() + _ANSWER
         broadcast(asked, dict.fromkeys(asked), until=until)
+        asked = dict(self._holders)
         # A cancellation that came too late for the request may hit the first of these.
         for _ in range(2):
             asked = {s: c for s, c in asked.items() if in_transaction(driver_of(c))}

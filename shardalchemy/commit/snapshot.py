@@ -83,10 +83,14 @@ _SHORTEST_PAUSE = 0.001
 _GATE_PAUSE, _LONGEST_GATE_PAUSE = 0.02, 0.2
 
 # The marker of a transaction that is prepared keeps another one from coming in until it
-# is decided there. One that has none any more leaves nothing either.
-_BEGIN_WAIT = f"BEGIN READ WRITE; SET LOCAL lock_timeout = {_HELP_AFTER * 1000:.0f}; "
+# has committed there. Of what has none, nothing stays either. The xid is given, lest
+# its default has this transaction take one.
+_BEGIN_WAIT = (
+    "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;"
+    f" SET LOCAL lock_timeout = {_HELP_AFTER * 1000:.0f}; "
+)
 _WAIT = (
-    "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'aborted')"
+    "INSERT INTO shardalchemy.txn (gid, outcome, xid) VALUES ('{gid}', 'aborted', '0')"
     " ON CONFLICT (gid) DO NOTHING; "
 )
 _LAPSED = (
@@ -122,14 +126,14 @@ class Snapshots:
         cut = None if strict else opening.run(self._base(connections), _GATE_AFTER)
         pause = _GATE_PAUSE
         while cut is None:
+            if time.monotonic() >= until:
+                raise _never_shut(connections)
             with self._gate(shards, connect) as gate:
                 if shards.waits_for(gate.is_shut, PATIENCE):
                     cut = opening.run(self._base(connections), PATIENCE)
                     # If a gate is open by now, it may have been all the while.
                     cut = cut if gate.is_shut() else None
             if cut is None:
-                if time.monotonic() >= until:
-                    raise _never_shut(connections)
                 shards.pause(random.uniform(pause / 2, pause))
                 pause = min(2 * pause, _LONGEST_GATE_PAUSE)
         self._last = cut

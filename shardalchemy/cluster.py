@@ -315,12 +315,14 @@ class Cluster:
         on different shards. Of two, each on one shard, the later may be visible and the
         earlier not, if both commit while the snapshot is opened.
 
-        With *strict* they are in order as well: no transaction of a ShardedSession
-        commits on any shard while the snapshot is opened, and all that had returned
-        before is visible, whatever its ``ack``. Commits wait meanwhile, some
-        milliseconds, and never over a tenth of a second at a time; there is a second
-        connection to each shard so long. Transactions past shardalchemy are not in that
-        order, nor those of sessions that have used unannotated models alone.
+        With *strict* what had returned from its commit is visible whatever its ``ack``,
+        and with each transaction all those whose commits had returned before its own
+        began. Commits that begin while the snapshot is opened wait for that, some
+        milliseconds and at most a tenth of a second at a time; a second connection to
+        each shard is taken for so long. Outside of this order is what does not commit
+        through a ShardedSession, and what does so on one shard alone and has written
+        only to tables that are not sharded, only past the session (on its
+        ``connection()``), or with ``resolve_commits=False``.
 
         Raises SnapshotUnavailable if a shard cannot be reached, or the timeout passes.
         SnapshotReadOnly is what a write in the session raises.

@@ -116,7 +116,7 @@ class Finisher:
         self._lone.append((gid, shard))
 
     def close(self) -> None:
-        """Finish what is queued, delete the markers, and end the thread."""
+        """Finish what is queued, delete markers that are old, and end the thread."""
         with self._lock:
             thread = self._thread
             self._thread = None
@@ -157,7 +157,8 @@ class Finisher:
         for work in waiting:
             logger.warning("%s is left to recovery on %s", work.gid, [*work.branches])
             work.done.cancel()
-        self._forget(time.monotonic())
+        # Other processes' snapshots may need the younger ones: `housekeeping` has them.
+        self._forget(time.monotonic() - RETENTION)
 
     def _next(self, wait: float) -> tuple[list[_Work], bool]:
         works: list[_Work] = []

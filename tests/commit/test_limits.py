@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from sqlalchemy import (
     Column,
@@ -12,6 +15,7 @@ from sqlalchemy import (
     Table,
     exc,
     func,
+    make_url,
     select,
     text,
 )
@@ -22,6 +26,7 @@ from shardalchemy import (
     PreparedSlotsExhausted,
     UnsupportedQueryError,
 )
+from shardalchemy.commit import Gid
 from shardalchemy.local import LocalCluster
 from shardalchemy.obstacles import Obstacle, obstacle_in_sql
 from tests.commit.accounts import Account, Base, Note, number_on
@@ -325,3 +330,182 @@ def test_prepared_slots_that_run_out_are_counted(narrow: LocalCluster) -> None:
         with cluster.sessionmaker().begin() as session:
             session.add_all(Account(number=n, balance=1) for n in numbers)
         assert set(servers.where(BALANCES)) == {"s1", "s2"}
+
+
+# -- names, databases and roles ------------------------------------------------------
+
+
+def test_a_name_has_room_for_many_participants() -> None:
+    """PostgreSQL takes 200 bytes, of which the last is not to be used."""
+    for count in (2, 64, 500):
+        gid = Gid.new("0eda8357-0000-0000-0000-000000000000", range(count))
+        name = gid.on(count - 1)
+        assert len(name) < 200
+        assert Gid.parse(name) == gid
+
+
+def test_two_databases_of_one_server_are_two_shards(
+    empty_servers: Servers,
+) -> None:
+    """Each has its own part, under a name of its own in the server's one list."""
+    url = empty_servers.local.urls["s1"]
+    other = url.removesuffix("/postgres") + "/second"
+    with empty_servers.connect("s1") as connection:
+        connection.execute("CREATE DATABASE second")
+    try:
+        with Cluster({"a": url, "b": other}, recover_in_background=False) as cluster:
+            cluster.create_all(Base.metadata)
+            numbers = [number_on(cluster, shard) for shard in ("a", "b")]
+            with cluster.sessionmaker()() as session:
+                session.add_all(Account(number=n, balance=1) for n in numbers)
+                session.commit()
+                assert len(session.scalars(select(Account)).all()) == 2
+            # What another database has prepared is neither touched nor in the way.
+            gid = Gid.new(cluster.topology.cluster, (0, 1))
+            with psycopg.connect(other.replace("+psycopg", "")) as connection:
+                connection.autocommit = True
+                connection.execute("BEGIN; CREATE TABLE taken (x int)")
+                connection.execute(f"PREPARE TRANSACTION '{gid.on(0)}'")
+                report = cluster.recover(grace=0)
+                assert report.committed == ()
+                rows = connection.execute("SELECT gid FROM pg_prepared_xacts")
+                assert rows.fetchall() == [(gid.on(0),)]
+                connection.execute(f"ROLLBACK PREPARED '{gid.on(0)}'")
+    finally:
+        with empty_servers.connect("s1") as connection:
+            connection.execute("DROP DATABASE second WITH (FORCE)")
+
+
+def test_another_roles_transaction_stays_in_doubt_and_says_why(
+    bank: Cluster, servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    gid = Gid.new(bank.topology.cluster, (0, 1))
+    for number, shard in enumerate(("s1", "s2")):
+        with servers.connect(shard) as connection:
+            connection.execute("BEGIN")
+            connection.execute(
+                "INSERT INTO shardalchemy.txn (gid, outcome) VALUES (%s, 'committed')",
+                [str(gid)],
+            )
+            connection.execute(f"PREPARE TRANSACTION '{gid.on(number)}'")
+    servers.run(
+        "CREATE ROLE teller LOGIN PASSWORD 'teller';"
+        "GRANT USAGE ON SCHEMA shardalchemy TO teller;"
+        "GRANT ALL ON ALL TABLES IN SCHEMA shardalchemy TO teller"
+    )
+    urls = {
+        shard: make_url(url).set(username="teller", password="teller")
+        for shard, url in servers.local.urls.items()
+    }
+    try:
+        with Cluster(urls, recover_in_background=False) as other:
+            start = time.monotonic()
+            assert other.recover(grace=0).in_doubt == (str(gid),)
+            assert time.monotonic() - start < 5
+            refused = [r for r in caplog.records if "permission denied" in r.message]
+            assert len(refused) == 2
+        assert set(servers.prepared()) == {"s1", "s2"}
+        assert bank.recover(grace=0).committed == (str(gid),)
+    finally:
+        servers.run("DROP OWNED BY teller; DROP ROLE teller")
+
+
+# -- settings of the application, and what it does in a transaction --------------------
+
+
+def test_a_statement_timeout_of_the_application_is_definite(
+    bank: Cluster, servers: Servers
+) -> None:
+    """Deferred triggers run as a part of PREPARE."""
+    servers.run(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_sleep(5); RETURN NULL; END $$;"
+        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON accounts"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()"
+    )
+    options = {"options": "-c lock_timeout=100 -c statement_timeout=300"}
+    with (
+        servers.local.cluster(connect_args=options) as cluster,
+        cluster.sessionmaker()() as session,
+    ):
+        session.add_all(
+            Account(number=number_on(bank, s), balance=1) for s in ("s1", "s2")
+        )
+        session.flush()
+        client = threading.Timer(0.5, cancel_all, [servers])
+        client.start()
+        with pytest.raises(exc.OperationalError, match="canceling statement"):
+            session.commit()
+        client.join()
+        assert session.scalars(select(Account)).all() == []
+    assert servers.where(BALANCES) == {}
+    assert servers.prepared() == {}
+
+
+def cancel_all(servers: Servers) -> None:
+    """Cancel what runs, as an administrator may: PREPARE has no statement_timeout."""
+    servers.run(
+        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+        " WHERE state = 'active' AND pid <> pg_backend_pid()"
+        " AND backend_type = 'client backend'"
+    )
+
+
+def test_timeouts_of_the_application_do_not_keep_recovery_from_its_work(
+    bank: Cluster, servers: Servers
+) -> None:
+    options = {
+        "options": "-c lock_timeout=50 -c statement_timeout=500"
+        " -c idle_in_transaction_session_timeout=100"
+    }
+    gid = Gid.new(bank.topology.cluster, (0, 1))
+    with servers.connect("s1") as connection:
+        connection.execute("BEGIN")
+        connection.execute(
+            "INSERT INTO shardalchemy.txn (gid, outcome) VALUES (%s, 'committed')",
+            [str(gid)],
+        )
+        connection.execute(f"PREPARE TRANSACTION '{gid.on(0)}'")
+    with servers.connect("s2") as slow:
+        # This participant is between its marker and PREPARE for a while.
+        slow.execute("BEGIN")
+        slow.execute(
+            "INSERT INTO shardalchemy.txn (gid, outcome) VALUES (%s, 'committed')",
+            [str(gid)],
+        )
+        ending = threading.Timer(1.0, slow.execute, ["ROLLBACK"])
+        ending.start()
+        with servers.local.cluster(
+            connect_args=options, recover_in_background=False
+        ) as cluster:
+            assert cluster.recover(grace=0).rolled_back == (str(gid),)
+        ending.join()
+    assert servers.prepared() == {}
+
+
+def test_tables_are_made_and_filled_on_all_shards_in_one_transaction(
+    bank: Cluster, servers: Servers
+) -> None:
+    with bank.sessionmaker()() as session:
+        for shard in servers:
+            session.execute(text("CREATE TABLE made (x int)"), **on(shard))
+            session.execute(
+                text("INSERT INTO made SELECT generate_series(1, 20000)"), **on(shard)
+            )
+        session.commit()
+    assert servers.where("SELECT count(*) FROM made") == {
+        shard: [(20000,)] for shard in servers
+    }
+    servers.run("DROP TABLE made")
+
+
+def test_a_transaction_without_a_write_prepares_nothing(
+    bank: Cluster, servers: Servers
+) -> None:
+    servers.run("DELETE FROM shardalchemy.txn")
+    with bank.sessionmaker()() as session:
+        session.execute(select(Account))
+        # An UPDATE that finds no row assigns no transaction id.
+        session.execute(text("UPDATE notes SET text = ''"))
+        session.commit()
+    assert servers.where("SELECT gid FROM shardalchemy.txn") == {}

@@ -164,12 +164,14 @@ class Finisher:
         works: list[_Work] = []
         try:
             item = self._queue.get(timeout=wait)
-            while item is not None and len(works) < _BATCH:
+            while item is not None:
                 works.append(item)
+                if len(works) == _BATCH:
+                    return works, False
                 item = self._queue.get_nowait()
         except queue.Empty:
             return works, False
-        return works, item is None
+        return works, True
 
     def _finish(self, works: list[_Work]) -> list[_Work]:
         """Carry out a batch; return what has to be tried again."""

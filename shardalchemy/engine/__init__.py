@@ -12,7 +12,7 @@ all sessions wait.
 from shardalchemy.engine.beside import Beside, unpooled
 from shardalchemy.engine.broadcast import ask_all, broadcast
 from shardalchemy.engine.deadline import Deadline
-from shardalchemy.engine.ended import end_of
+from shardalchemy.engine.ended import ended
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
 from shardalchemy.engine.gate import next_statement_held
@@ -27,7 +27,7 @@ __all__ = [
     "ask_all",
     "attempt_all",
     "broadcast",
-    "end_of",
+    "ended",
     "fanout",
     "next_statement_held",
     "unpooled",

@@ -119,16 +119,14 @@ class Cluster:
             statement_timeout, "Cluster(statement_timeout=…)"
         )
         self.resolve_commits = resolve_commits
-        self._recover_in_background = recover_in_background and not any(
-            isinstance(shard, Connection) for shard in shards.values()
-        )
+        self._recover_in_background = recover_in_background
         self._scatter_guard = ScatterGuard(scatter, scatter_loop)
         self._shards = ShardEngines(
             shards, max_connections=max_connections, **engine_options
         )
         self._sync = Bindings(self._shards, is_async=False)
         self._async = Bindings(self._shards, is_async=True)
-        self._watched_in: int | None = None
+        self._working_in: int | None = None
         self._known: Topology | None = None
         self._loading = OneAtATime()
         self._sequences = Sequences()
@@ -161,14 +159,19 @@ class Cluster:
             lambda: sessions_of(this()),
         )
 
-    def _watch_waits(self) -> None:
-        """Have the waits of this process's sessions watched; at each transaction."""
-        # A fork has to start its own thread.
-        if self._watched_in != (process := getpid()):
-            self._watched_in = process
-            # A shard given as a connection has no second one that could be asked.
+    def _work_in_background(self) -> None:
+        """Begin what goes on beside the sessions of this process; at each transaction.
+
+        That is nothing with one shard, nor where one was given as a connection, which
+        has no second one that could be asked.
+        """
+        # A fork has to start its own threads.
+        if self._working_in != (process := getpid()):
+            self._working_in = process
             if len(self._shards.names) > 1 and not self._shards.has_connections:
                 self._transactions.waits.start()
+                if self._recover_in_background:
+                    self._transactions.patrol.start()
 
     def __repr__(self) -> str:
         return f"Cluster({', '.join(self._shards.names)})"
@@ -315,12 +318,14 @@ class Cluster:
         on different shards. Of two, each on one shard, the later may be visible and the
         earlier not, if both commit while the snapshot is opened.
 
-        With *strict* they are in order as well: no transaction of a ShardedSession
-        commits on any shard while the snapshot is opened, and all that had returned
-        before is visible, whatever its ``ack``. Commits wait meanwhile, some
-        milliseconds, and never over a tenth of a second at a time; there is a second
-        connection to each shard so long. Transactions past shardalchemy are not in that
-        order, nor those of sessions that have used unannotated models alone.
+        With *strict* what had returned from its commit is visible whatever its ``ack``,
+        and with each transaction all those whose commits had returned before its own
+        began. Commits that begin while the snapshot is opened wait for that, some
+        milliseconds and at most a tenth of a second at a time; a second connection to
+        each shard is taken for so long. Outside of this order is what does not commit
+        through a ShardedSession, and what does so on one shard alone and has written
+        only to tables that are not sharded, only past the session (on its
+        ``connection()``), or with ``resolve_commits=False``.
 
         Raises SnapshotUnavailable if a shard cannot be reached, or the timeout passes.
         SnapshotReadOnly is what a write in the session raises.
@@ -367,13 +372,8 @@ class Cluster:
                 " cluster.create_all(metadata) once, which brings it up to date."
             )
         self._known = topology
-        self._open(topology)
+        self._work_in_background()
         return topology
-
-    def _open(self, topology: Topology) -> None:
-        """Begin what goes on in the background for a cluster of several shards."""
-        if self._recover_in_background and len(topology.shards) > 1:
-            self._transactions.patrol.start()
 
     def shard_for(self, entity: Any, key: Any) -> str:
         """Return the name of the shard on which rows with this shard key live.
@@ -452,7 +452,7 @@ class Cluster:
 
     def close(self) -> None:
         """Finish pending commits, and close the connections opened here."""
-        self._watched_in = None
+        self._working_in = None
         if "_transactions" in vars(self):
             self._transactions.close()
         self._row_locks.close()
@@ -462,7 +462,7 @@ class Cluster:
         """Do what `close` does, for async sessions as well."""
         import asyncio
 
-        self._watched_in = None
+        self._working_in = None
         if "_transactions" in vars(self):
             await asyncio.to_thread(self._transactions.close)
         await self._row_locks.aclose()

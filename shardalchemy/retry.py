@@ -25,6 +25,7 @@ from sqlalchemy import exc as sa_exc
 from shardalchemy.errors import (
     CommitOutcomeUnknown,
     ConfigurationError,
+    PreparedSlotsExhausted,
     ShardAlchemyError,
     StatementTimeout,
     TopologyChanged,
@@ -70,10 +71,11 @@ def may_run_again(error: BaseException, *, commit_began: bool) -> bool:
     state = getattr(error.orig, "sqlstate", None)
     if state in (_SERIALIZATION_FAILURE, _DEADLOCK):
         return True
-    if isinstance(error, ShardAlchemyError):
-        return False
-    if commit_began:
+    if isinstance(error, PreparedSlotsExhausted):
+        # Refused by PREPARE; with max_prepared_transactions = 0 it always will be.
         return bool(state == _OUT_OF_MEMORY)
+    if commit_began or isinstance(error, ShardAlchemyError):
+        return False
     # A connection that was lost, or that could not be made.
     return (
         error.connection_invalidated

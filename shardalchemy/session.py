@@ -158,7 +158,7 @@ class ShardedSession(Session):
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
         if self._transaction is None and (begin or self.autobegin):
-            self._cluster._watch_waits()
+            self._cluster._work_in_background()
             return ShardedTransaction(
                 self,
                 SessionTransactionOrigin.BEGIN

@@ -111,9 +111,8 @@ class ShardedTransaction(_Routed):
         try:
             if len(connections) > 1:
                 self._commit_together(connections)
-            else:
-                self.session._commit_began = True
-                self._commit_alone(*connections.popitem())
+            elif not self._commit_alone(*connections.popitem()):
+                return
         except BaseException:
             self._give_up_lost()
             with self._expect_state(SessionTransactionState.CLOSED):
@@ -189,17 +188,22 @@ class ShardedTransaction(_Routed):
             and connection.engine in names
         }
 
-    def _commit_alone(self, shard: str, connection: Connection) -> None:
-        # SQLAlchemy's own COMMIT is all there is to do where nothing sharded was
-        # written, and where it says why it cannot be done.
-        driver = driver_of(connection)
+    def _commit_alone(self, shard: str, connection: Connection) -> bool:
+        """Commit the one shard there is; return False to leave that to SQLAlchemy.
+
+        Its own COMMIT is all there is to do where nothing sharded was written, and
+        where it says why it cannot be done.
+        """
+        self.session._commit_began = True
         if (
-            shard in self.session._written_shards
-            and not in_failed_transaction(driver)
-            and self.session._cluster.resolve_commits
+            shard not in self.session._written_shards
+            or not self.session._cluster.resolve_commits
+            or in_failed_transaction(driver_of(connection))
         ):
-            check_not_ended({shard: connection})
-            self.session._commit_alone(shard, connection)
+            return False
+        check_not_ended({shard: connection})
+        self.session._commit_alone(shard, connection)
+        return True
 
     def _commit_together(self, connections: Mapping[str, Connection]) -> None:
         # In the order of their names, so that transactions that meet meet in one order.

@@ -13,6 +13,10 @@ What is asked of whom, and what follows from each answer, is in `protocol`, with
 alone leaves a marker too, in the message of its COMMIT, so that the loss of the reply
 can be resolved in the same way.
 
+`waits` watches sessions that wait for locks: `waitgraph` finds the deadlocks that no
+server sees, by what `blocking` asks the servers, and `indoubt` resolves what is waited
+for and left prepared.
+
 `gid` is the name a transaction carries on every participant; `listing` says what is
 prepared, and what recovery waits for. `snapshot` opens a snapshot of all shards in
 which no transaction is torn; `cut` says how that is known, and `gate` is what it may

@@ -4,6 +4,10 @@
 ``commits.<n>``             transactions committed on *n* shards that they wrote on;
                             ``commits.1`` only where they wrote on a sharded table
 ``aborts``                  commits that ended with nothing on any shard
+``deadlocks``               sessions cancelled to end a deadlock between shards
+``in_doubt.waits``          prepared transactions that sessions were seen to wait for,
+                            other programs' included
+``in_doubt.resolved``       of these, those that were resolved because of it
 ``lost_replies``            commits whose reply was lost, whatever came of it
 ``unknown``                 of these, those that raised CommitOutcomeUnknown
 ``recovery.committed``      transactions that recovery has committed; one that two

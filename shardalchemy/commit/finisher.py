@@ -116,7 +116,7 @@ class Finisher:
         self._lone.append((gid, shard))
 
     def close(self) -> None:
-        """Finish what is queued, delete the markers, and end the thread."""
+        """Finish what is queued, delete markers that are old, and end the thread."""
         with self._lock:
             thread = self._thread
             self._thread = None
@@ -157,18 +157,21 @@ class Finisher:
         for work in waiting:
             logger.warning("%s is left to recovery on %s", work.gid, [*work.branches])
             work.done.cancel()
-        self._forget(time.monotonic())
+        # Other processes' snapshots may need the younger ones: `housekeeping` has them.
+        self._forget(time.monotonic() - RETENTION)
 
     def _next(self, wait: float) -> tuple[list[_Work], bool]:
         works: list[_Work] = []
         try:
             item = self._queue.get(timeout=wait)
-            while item is not None and len(works) < _BATCH:
+            while item is not None:
                 works.append(item)
+                if len(works) == _BATCH:
+                    return works, False
                 item = self._queue.get_nowait()
         except queue.Empty:
             return works, False
-        return works, item is None
+        return works, True
 
     def _finish(self, works: list[_Work]) -> list[_Work]:
         """Carry out a batch; return what has to be tried again."""

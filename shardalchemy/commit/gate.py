@@ -6,9 +6,10 @@ wait behind this request. It need not be granted. Commits that are in go on and 
 ``COMMIT PREPARED`` takes no gate; but one that was let in on one of its shards and not
 on another would keep the request waiting for as long as that keeps it.
 
-So what commits on one shard while all gates are shut had come before they were: the
-commit of no transaction that is visible anywhere has begun after another's had ended
-that is not visible everywhere.
+Let snapshots be opened while all gates are shut, and T be a transaction that they show.
+It was let in before the last gate was shut on its shard, and so before any of them was
+opened. Whatever had returned from its commit before that of T began is then committed,
+and shown as well; or, acknowledged when it was prepared, it is prepared everywhere.
 """
 
 from __future__ import annotations

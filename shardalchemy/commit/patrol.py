@@ -41,7 +41,7 @@ class Patrol:
         self._process = 0
 
     def start(self) -> None:
-        """Start the thread, once in every process."""
+        """Start the thread, if it does not run in this process."""
         if self._process == os.getpid():
             return
         with self._lock:
@@ -58,13 +58,17 @@ class Patrol:
 
     def close(self) -> None:
         """End the thread; one that waits for a server that hangs is left behind."""
-        if self._process == os.getpid() and self._thread is not None:
+        with self._lock:
+            thread, self._thread = self._thread, None
+            process, self._process = self._process, 0
+        if process == os.getpid() and thread is not None:
             self._ended.set()
-            self._thread.join(1.0)
+            thread.join(1.0)
 
 
 def _go_round(transactions: weakref.ref[Transactions], ended: threading.Event) -> None:
     rounds = random.randrange(_CLEAN_EVERY)
+    has_failed = False
     while not ended.wait(INTERVAL * random.uniform(0.5, 1.5)):
         mine = transactions()
         if mine is None:
@@ -74,7 +78,10 @@ def _go_round(transactions: weakref.ref[Transactions], ended: threading.Event) -
             mine.recovery.recover(GRACE, alone=True)
             if rounds % _CLEAN_EVERY == 0:
                 mine.housekeeping.clean()
-        except Exception:
+            has_failed = False
+        except Exception as error:
             # The next round may find the servers as they should be.
-            logger.warning("a round of recovery did not end", exc_info=True)
+            if not has_failed:
+                logger.warning("recovery goes on after an error: %s", error)
+            has_failed = True
         del mine

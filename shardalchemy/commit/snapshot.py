@@ -2,9 +2,9 @@
 
 All shards open at once, each in one message; `cut` has what has to be asked in it and
 why that is enough. A cut that tears a transaction is repaired where it is missing. It
-is decided, so that a shard on which it is still prepared may be told to commit it: so a
-coordinator that is slow, or dead, delays a snapshot by milliseconds. Only where this
-does not lead to an end is the gate shut for a moment, or where it is asked for.
+is decided, so that it is waited for there, and the shard told to commit it if that
+takes long: a coordinator that is slow, or dead, delays a snapshot by milliseconds. Only
+where this does not lead to an end is the gate shut for a moment, or for *strict*.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ _VISIBLE = (
 _NAMES = re.compile(r"sa1:[0-9a-f:]+(?:/\d+)?(?: sa1:[0-9a-f:]+(?:/\d+)?)*")
 
 _COMMIT_PREPARED = "COMMIT PREPARED '{gid}/{number}'"
-_DONE_BY_ANOTHER = (
-    psycopg.errors.UndefinedObject,
-    psycopg.errors.ObjectNotInPrerequisiteState,  # it is busy
+_LEFT_TO_OTHERS = (
+    psycopg.errors.UndefinedObject,  # done
+    psycopg.errors.ObjectNotInPrerequisiteState,  # busy
     psycopg.errors.ObjectInUse,
+    psycopg.errors.InsufficientPrivilege,
 )
 
 _BASE_IS_RECENT = 0.25
@@ -77,9 +78,21 @@ Without one there is a round trip more; with an old one there are many fresh
 transactions to be looked at.
 """
 _GATE_AFTER = 0.05  # seconds of repairs before commits are held up for a cut
-_HELP_AFTER = 0.005  # seconds for which a transaction may be torn
+_HELP_AFTER = 0.01  # seconds for which a torn transaction is waited for
 _SHORTEST_PAUSE = 0.001
 _GATE_PAUSE, _LONGEST_GATE_PAUSE = 0.02, 0.2
+
+# The marker of a transaction that is prepared keeps another one from coming in until it
+# is decided there. One that has none any more leaves nothing either.
+_BEGIN_WAIT = f"BEGIN READ WRITE; SET LOCAL lock_timeout = {_HELP_AFTER * 1000:.0f}; "
+_WAIT = (
+    "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'aborted')"
+    " ON CONFLICT (gid) DO NOTHING; "
+)
+_LAPSED = (
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.InsufficientPrivilege,  # of a role that only reads
+)
 
 
 class Snapshots:
@@ -170,11 +183,16 @@ class _Shards:
         self.is_async = next(iter(connections.values())).dialect.is_async
 
     def ask(
-        self, commands: Mapping[str, str], *, anew: bool = False
+        self,
+        commands: Mapping[str, str],
+        *,
+        anew: bool = False,
+        may_lapse: bool = False,
     ) -> dict[str, Rows]:
         """Send each shard its command; return the rows of its statements.
 
-        *anew* ends the transaction before, where there is one.
+        *anew* ends the transaction before, where there is one. *may_lapse* leaves out a
+        shard that has waited for too long, or may not wait.
         """
         if anew:
             commands = {
@@ -184,9 +202,10 @@ class _Shards:
         found = {}
         outcomes = ask_all(self.connections, commands, until=self.until)
         for shard, outcome in outcomes.items():
-            if isinstance(outcome, Exception):
+            if not isinstance(outcome, Exception):
+                found[shard] = outcome
+            elif not (may_lapse and _is_one_of(outcome, _LAPSED)):
                 raise self._unavailable(shard, outcome) from outcome
-            found[shard] = outcome
         return found
 
     def try_each(self, command: str, parts: Mapping[str, Sequence[str]]) -> None:
@@ -205,7 +224,7 @@ class _Shards:
                     continue
                 if is_lost(driver_of(self.connections[shard])):
                     raise self._unavailable(shard, outcome) from outcome
-                if not isinstance(getattr(outcome, "orig", None), _DONE_BY_ANOTHER):
+                if not _is_one_of(outcome, _LEFT_TO_OTHERS):
                     logger.warning("shard %s: %s", shard, outcome)
 
     def waits_for(self, condition: Callable[[], bool], seconds: float) -> bool:
@@ -246,7 +265,6 @@ class _Opening:
         self._counters = counters
         self._finishes_all = finishes_all
         self._snapshots: dict[str, str] = {}
-        self._torn_since: dict[str, float] = {}
 
     def run(self, base: Base | None, seconds: float) -> Base | None:
         """Open a cut that is compared with *base*; return it, or None without success.
@@ -290,11 +308,16 @@ class _Opening:
         return evidence
 
     def _begin(
-        self, bases: Mapping[str, str], *, look: bool
+        self,
+        bases: Mapping[str, str],
+        *,
+        look: bool,
+        after: Mapping[str, Sequence[str]] | None = None,
     ) -> dict[str, tuple[list[str], list[str]]]:
         """Open a snapshot on each shard; return what is fresh in it, against *bases*.
 
-        And what was prepared just before, if there is to be a *look*.
+        And what was prepared just before, if there is to be a *look*. *after* are
+        transactions that are to end first; where they do not, there is no answer.
         """
         shards = self._shards
         commands = {}
@@ -304,9 +327,13 @@ class _Opening:
             if look:
                 number = shards.number_of[shard]
                 command = _PREPARED.format(ours=shards.ours, number=number) + command
+            if after is not None:
+                waits = "".join(_WAIT.format(gid=gid) for gid in after[shard])
+                command = f"{_BEGIN_WAIT}{waits}ROLLBACK; {command}"
             commands[shard] = command
+        asked = shards.ask(commands, anew=True, may_lapse=after is not None)
         found = {}
-        for shard, answer in shards.ask(commands, anew=True).items():
+        for shard, answer in asked.items():
             snapshot, fresh = answer[-1]
             self._snapshots[shard] = str(snapshot)
             branches = _names(answer[0][0]) if look else []
@@ -325,25 +352,26 @@ class _Opening:
                 evidence.told(shard, questions[shard], _names(answer[0][0]))
 
     def _repair(self, evidence: Evidence, torn: Sequence[Torn]) -> None:
-        """Open anew the shards where something is missing.
+        """Open anew the shards where something is missing, as soon as it is there.
 
-        At once: what commits there in between and elsewhere later is torn by the new
-        cut, so that under many commits a pause would only lead to more of them.
+        No later, for what commits there in between and elsewhere afterwards is torn by
+        the new cut; what stays away is committed by this process.
         """
-        now = time.monotonic()
-        since = {t.gid: self._torn_since.get(t.gid, now) for t in torn}
-        self._torn_since = since
-        late: dict[str, list[str]] = {}
+        missing: dict[str, list[str]] = {}
         for one in torn:
-            if now - since[one.gid] > _HELP_AFTER:
-                for shard in one.missing:
-                    late.setdefault(shard, []).append(one.gid)
+            for shard in one.missing:
+                missing.setdefault(shard, []).append(one.gid)
+        self._counters.add("snapshot.retries")
+        said = self._begin(self._bases(missing), look=self._finishes_all, after=missing)
+        late = {s: gids for s, gids in missing.items() if s not in said}
         if late:
             self._shards.try_each(_COMMIT_PREPARED, late)
-        self._counters.add("snapshot.retries")
-        bases = {s: self._snapshots[s] for one in torn for s in one.missing}
-        for shard, said in self._begin(bases, look=self._finishes_all).items():
-            evidence.reopened(shard, *said)
+            said |= self._begin(self._bases(late), look=self._finishes_all)
+        for shard, heard in said.items():
+            evidence.reopened(shard, *heard)
+
+    def _bases(self, shards: Iterable[str]) -> dict[str, str]:
+        return {shard: self._snapshots[shard] for shard in shards}
 
 
 def _never_whole(torn: Torn) -> SnapshotUnavailable:
@@ -359,6 +387,10 @@ def _never_shut(shards: Iterable[str]) -> SnapshotUnavailable:
         f"commits on shards {', '.join(shards)} could not be held up until the snapshot"
         " was open, within its timeout. Give a longer timeout=."
     )
+
+
+def _is_one_of(error: Exception, kinds: tuple[type[psycopg.Error], ...]) -> bool:
+    return isinstance(getattr(error, "orig", None), kinds)
 
 
 def _names(joined: str | None) -> list[str]:

@@ -11,11 +11,11 @@ all sessions wait.
 
 from shardalchemy.engine.beside import Beside, unpooled
 from shardalchemy.engine.broadcast import ask_all, broadcast
+from shardalchemy.engine.cancelling import next_statement_held
 from shardalchemy.engine.deadline import Deadline
 from shardalchemy.engine.ended import ended
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
-from shardalchemy.engine.gate import next_statement_held
 from shardalchemy.engine.turnstile import OneAtATime
 
 __all__ = [

@@ -48,6 +48,12 @@ class Books:
             ):
                 books.transfers.setdefault(id, {})[account] = amount
             books.lists.update(servers.rows(shard, "SELECT key, items FROM lists"))
+            for key, items in servers.rows(shard, "SELECT key, items FROM notices"):
+                copy = books.lists.setdefault(key, items)
+                if copy != items:
+                    books.misplaced.append(
+                        f"notice {key} is {items} on {shard}, {copy} on another"
+                    )
         return books
 
 
@@ -61,7 +67,7 @@ def audit(
         *_in_balances(books),
         *_in_transfers(books.transfers, by_id),
         *_in_snapshots(snapshots),
-        *_before_snapshots(entries, snapshots),
+        *_in_time(entries, snapshots),
         *_in_lists(books.lists, entries, snapshots),
     ]
 
@@ -110,29 +116,38 @@ def _in_snapshots(snapshots: Iterable[Sums]) -> Iterator[Finding]:
             )
 
 
-def _before_snapshots(
-    entries: Iterable[Entry], snapshots: Iterable[Sums]
-) -> Iterator[Finding]:
-    """What a client was told of is in snapshots that were opened afterwards.
+def _in_time(entries: Sequence[Entry], snapshots: Iterable[Sums]) -> Iterator[Finding]:
+    """Yield reads without what had been told to be committed before they began.
 
-    With ``ack="prepared"`` that holds for strict ones.
+    Of what was acknowledged when it was prepared, that holds where its locks are waited
+    for, or all that is being committed: in locking reads, and in strict snapshots.
     """
     told: defaultdict[int, list[tuple[int, Entry]]] = defaultdict(list)
     for entry in entries:
         if entry.outcome is Outcome.COMMITTED:
             for key, value in entry.plan.appends:
                 told[key].append((value, entry))
-    for seen in snapshots:
-        for key, values in seen.reads:
+    looks = [
+        (f"{e.client}:{e.plan.id}", e.began, e.plan.kind == "lists", e.reads)
+        for e in entries
+        if e.outcome is not Outcome.ROLLED_BACK
+    ]
+    looks += [
+        (f"a snapshot of {s.client}, strict: {s.strict},", s.began, s.strict, s.reads)
+        for s in snapshots
+    ]
+    for who, began, waits, reads in looks:
+        for key, values in reads:
             for value, entry in told[key]:
-                early = entry.ended is not None and entry.ended < seen.began
-                promised = seen.strict or entry.plan.ack == "committed"
-                if early and promised and value not in values:
-                    what = f"a snapshot of {seen.client} at {seen.began:.3f}"
-                    is_strict = "strict" if seen.strict else "not strict"
+                if (
+                    entry.ended is not None
+                    and entry.ended < began
+                    and (waits or entry.plan.ack == "committed")
+                    and value not in values
+                ):
                     yield Finding(
-                        f"{what}, {is_strict}, does not have {value} under key {key},"
-                        f" whose commit returned at {entry.ended}",
+                        f"{who} began at {began:.3f} and does not see {value} under key"
+                        f" {key}, whose commit returned at {entry.ended:.3f}",
                         (entry,),
                     )
 

@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 from shardalchemy import Cluster, CommitOutcomeUnknown
 from tests.bank.history import Outcome
 from tests.bank.journal import Journal, Reads
-from tests.bank.model import GENERATION, Account, List, Transfer, keys_of
+from tests.bank.model import GENERATION, Account, List, Notice, Transfer, keys_of
 from tests.bank.plans import Choices, Plan
 from tests.bank.stacks import print_on_signal, print_tasks_on_signal
 
@@ -98,6 +98,10 @@ def carry_out(session: Session, plan: Plan) -> Reads:
             session.flush()
             savepoint.rollback()
         return []
+    if plan.kind == "notice":
+        for key, value in plan.appends:
+            _append(session, key, value, Notice)
+        return []
     if plan.kind == "look":
         return _look(session, plan.reads)
     rows = {}
@@ -133,11 +137,13 @@ def _move(
     session.add(Transfer(account=account, id=id or plan.id, amount=amount))
 
 
-def _append(session: Session, key: int, value: int) -> None:
+def _append(
+    session: Session, key: int, value: int, model: type[List | Notice] = List
+) -> None:
     session.execute(
-        update(List)
-        .where(List.key == key)
-        .values(items=func.array_append(List.items, value))
+        update(model)
+        .where(model.key == key)
+        .values(items=func.array_append(model.items, value))
     )
 
 

@@ -6,10 +6,21 @@ from sqlalchemy import BigInteger, CheckConstraint
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from shardalchemy import sharded_by
+from shardalchemy import reference_table, sharded_by
 
-__all__ = ["ACCOUNTS", "GENERATION", "KEYS", "OPENING", "Account", "Base", "List"]
-__all__ += ["Transfer", "keys_of"]
+__all__ = [
+    "ACCOUNTS",
+    "BOARD",
+    "GENERATION",
+    "KEYS",
+    "OPENING",
+    "Account",
+    "Base",
+    "List",
+    "Notice",
+    "Transfer",
+    "keys_of",
+]
 
 ACCOUNTS = range(1, 161)
 OPENING = 200
@@ -19,6 +30,10 @@ GENERATION = 8.0
 """Seconds for which a set of lists is appended to, so that none becomes long."""
 KEYS = 10
 """Lists in a generation."""
+
+
+BOARD = -1
+"""The one notice's key, which is a list as well."""
 
 
 class Base(DeclarativeBase):
@@ -49,6 +64,15 @@ class Transfer(Base):
 class List(Base):
     __tablename__ = "lists"
     __table_args__ = {"info": sharded_by("key")}
+    key: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    items: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
+
+
+class Notice(Base):
+    """A list with a copy on every shard."""
+
+    __tablename__ = "notices"
+    __table_args__ = {"info": reference_table()}
     key: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     items: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
 

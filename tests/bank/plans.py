@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.bank.model import keys_of
+from tests.bank.model import BOARD, keys_of
 
 __all__ = ["Choices", "Plan"]
 
@@ -22,7 +22,7 @@ class Plan:
 
     id: int
     kind: str
-    """``transfer``, ``lists``, or ``look``, which reads lists without locking them."""
+    """``transfer``, ``lists``, ``look`` (at lists without locking them), ``notice``."""
     parts: tuple[tuple[int, int], ...] = ()
     """Of a transfer: accounts with what each gets; the sum is 0."""
     appends: tuple[tuple[int, int], ...] = ()
@@ -68,6 +68,9 @@ class Choices:
         chance = self._random.random()
         if chance < 0.5:
             return self._transfer()
+        if chance < 0.53:
+            value = self._id * 10
+            return Plan(self._id, "notice", appends=((BOARD, value),), **self._how())
         keys = keys_of(generation)
         if chance < 0.92:
             return self._lists(keys)

@@ -14,7 +14,17 @@ from sqlalchemy.engine import make_url
 
 from shardalchemy.local import LocalCluster
 from tests.bank.client import CLIENTS, READER, Config
-from tests.bank.model import ACCOUNTS, GENERATION, OPENING, Account, Base, List, keys_of
+from tests.bank.model import (
+    ACCOUNTS,
+    BOARD,
+    GENERATION,
+    OPENING,
+    Account,
+    Base,
+    List,
+    Notice,
+    keys_of,
+)
 from tests.bank.proxy import Proxy
 from tests.bank.stacks import SIGNAL
 from tests.conftest import Servers
@@ -145,6 +155,7 @@ class Bank:
             with cluster.sessionmaker().begin() as session:
                 session.add_all(Account(number=n, balance=OPENING) for n in ACCOUNTS)
                 session.add_all(List(key=key, items=[]) for key in keys)
+                session.add(Notice(key=BOARD, items=[]))
             home = {n: cluster.shard_for(Account, n) for n in ACCOUNTS}
         accounts = {s: [n for n in ACCOUNTS if home[n] == s] for s in self.local.urls}
         urls = {

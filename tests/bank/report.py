@@ -65,5 +65,5 @@ def _counts(counter: Counter[str]) -> str:
 
 
 def _kind(error: str) -> str:
-    match = re.match(r"\w+: \(psycopg\.(?:errors\.)?(\w+)\)", error)
+    match = re.search(r"\(psycopg\.(?:errors\.)?(\w+)\)", error)
     return match[1] if match else error.partition(":")[0]

@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from shardalchemy.commit import driver
 from shardalchemy.commit.gid import Gid
+from shardalchemy.commit.protocol import Request
 from shardalchemy.local import LocalCluster
 from tests.bench.bare import Bare
 from tests.bench.paired import shuffled
@@ -83,11 +84,14 @@ class Writers(Bare):
                 shard: _WRITE.format(
                     change=change, id=self._choose.choice(self._own[shard])
                 )
-                + driver._PREPARE.format(gid=gid, branch=branches[shard])
+                + driver._COMMANDS[Request.PREPARE].format(
+                    gid=gid, branch=branches[shard]
+                )
                 for shard, change in zip(shards, (1, -1), strict=True)
             }
         )
-        self.send({s: driver._COMMIT.format(branch=branches[s]) for s in shards})
+        commit = driver._COMMANDS[Request.COMMIT]
+        self.send({s: commit.format(branch=branches[s]) for s in shards})
 
     def forget(self) -> None:
         """Delete old markers, as each process does for its own."""
@@ -244,7 +248,7 @@ def main(rounds: int = 400, seconds: float = 24) -> str:
             found += measured("under load", peers, rounds)
             during = (commits() - before) / (time.perf_counter() - start)
             alone, with_reader = slowed(peers, commits, seconds, every=0.1)
-        retries = cluster._transactions.counters.read().get("snapshot.retries", 0)
+        retries = cluster.counters.get("snapshot.retries", 0)
         peers.close()
     lines = [
         "| when | way | median | ratio | p99 | ratio |",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.bench import queries, streaming
+from tests.bench import queries, snapshots, streaming
 from tests.bench.__main__ import main
 
 
@@ -39,3 +39,9 @@ def test_streaming_reads_every_row_once() -> None:
     printed = streaming.main(rows=5_000)
     assert printed.count("| 5,000 |") == 2
     assert "wrong" not in printed
+
+
+def test_snapshots_are_measured_and_tear_nothing() -> None:
+    printed = snapshots.main(rounds=2, seconds=1)
+    for way in ("in turn, bare psycopg", "cluster.snapshot()", "strict=True", "slower"):
+        assert way in printed

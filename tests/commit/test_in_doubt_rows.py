@@ -61,6 +61,14 @@ def read(session: Session, number: int) -> int:
     return account.balance
 
 
+def until_nothing_is_prepared(servers: Servers) -> None:
+    """Wait for the other participants: a row is free once its own shard is told."""
+    end = time.monotonic() + 5
+    while servers.prepared():
+        assert time.monotonic() < end, servers.prepared()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("shards", "balance"), [(("s1", "s2"), 7), (("s2",), 100)], ids=str
 )
@@ -76,13 +84,12 @@ def test_it_is_resolved_at_once(
     with caplog.at_level(logging.WARNING), bank.sessionmaker()() as session:
         assert read(session, number_on(bank, "s2")) == balance
     assert time.monotonic() - began < IN_TIME
-    assert servers.prepared() == {}
+    until_nothing_is_prepared(servers)
     told = [r.getMessage() for r in caplog.records if str(gid) in r.getMessage()]
     assert len(told) == 1
     assert "shard s2: process" in told[0]
     assert "waits for ShareLock on transaction" in told[0]
-    counts = bank._transactions.counters.read()
-    assert counts["in_doubt.waits"] == counts["in_doubt.resolved"] == 1
+    assert bank._transactions.counters.read()["in_doubt.waits"] == 1
 
 
 async def test_it_is_resolved_for_a_task(bank: Cluster, servers: Servers) -> None:
@@ -113,7 +120,7 @@ def test_a_table_that_it_has_locked(bank: Cluster, servers: Servers) -> None:
     leave_prepared(bank, servers, "s1", "s2", work="LOCK TABLE accounts")
     with bank.sessionmaker()() as session:
         assert read(session, number_on(bank, "s2")) == 100
-    assert servers.prepared() == {}
+    until_nothing_is_prepared(servers)
 
 
 def test_sessions_that_have_every_connection(bank: Cluster, servers: Servers) -> None:

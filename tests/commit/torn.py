@@ -116,7 +116,7 @@ def main(seconds: float) -> str:
         open_accounts(cluster)
         plain = read(cluster, cluster.sessionmaker(), seconds / 2)
         whole = read(cluster, cluster.snapshot, seconds / 2)
-        counts = cluster._transactions.counters.read()
+        counts = cluster.counters
     return (
         f"plain session: {plain}\nsnapshots:     {whole},"
         f" {counts.get('snapshot.retries', 0)} repairs"

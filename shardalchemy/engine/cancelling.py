@@ -25,17 +25,17 @@ def next_statement_held(driver: Any) -> Iterator[None]:
     What it is doing goes on. May be called in any thread.
     """
     # psycopg takes the connection's lock for each exchange with the server, and so does
-    # `wire`. The one that runs has taken it; the next one finds the gate in its place.
-    gate = _Gate(driver.lock)
-    driver.lock = gate
+    # `wire`. The one that runs has taken it; the next one finds this in its place.
+    held = _Held(driver.lock)
+    driver.lock = held
     try:
         yield
     finally:
-        driver.lock = gate.lock
-        gate.opened.set_result(None)
+        driver.lock = held.lock
+        held.opened.set_result(None)
 
 
-class _Gate:
+class _Held:
     """Stands in for a connection's lock: waits, and then takes the lock itself."""
 
     def __init__(self, lock: Any) -> None:
@@ -50,7 +50,7 @@ class _Gate:
         self.lock.__exit__(*error)
 
     async def __aenter__(self) -> None:
-        # A task that is cancelled meanwhile takes the gate from nobody else.
+        # A task that is cancelled meanwhile leaves what others wait for as it is.
         await asyncio.shield(asyncio.wrap_future(self.opened))
         await self.lock.__aenter__()
 

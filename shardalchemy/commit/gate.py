@@ -14,12 +14,12 @@ and shown as well; or, acknowledged when it was prepared, it is prepared everywh
 
 from __future__ import annotations
 
+import random
 import time
 from typing import TYPE_CHECKING
 
 from shardalchemy.engine import ask_all, broadcast
 from shardalchemy.engine.wire import driver_of, in_transaction, send
-from shardalchemy.errors import SnapshotUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,15 +37,20 @@ SHARED = "pg_advisory_xact_lock_shared(1936220524, 1)"
 PATIENCE = 0.1
 """Seconds after which a gate opens by itself, for those who wait behind it."""
 
-# The server tells its own pid: a pooler in between would tell another.
-_BEGIN = (
-    f"BEGIN; SET LOCAL lock_timeout = {PATIENCE * 1000:.0f}; SELECT pg_backend_pid()"
+# Whose request it is, a lock of a random number says: what the driver takes for the
+# number of its server process is a pooler's where there is one in between.
+_SHUT = (
+    f"BEGIN; SET LOCAL lock_timeout = {PATIENCE * 1000:.0f};"
+    " SELECT pg_advisory_xact_lock(1936220525, {mine});"
+    " SELECT pg_advisory_xact_lock(1936220524, 1)"
 )
-_SHUT = "SELECT pg_advisory_xact_lock(1936220524, 1)"
-_STATE = (
-    "SELECT granted FROM pg_locks WHERE locktype = 'advisory'"
-    " AND classid = 1936220524 AND objid = 1 AND pid = {pid}"
-)
+_STATE = """
+    SELECT gate.granted, gate.pid
+    FROM pg_locks AS gate JOIN pg_locks AS mine USING (pid)
+    WHERE gate.locktype = 'advisory' AND mine.locktype = 'advisory'
+      AND gate.classid = 1936220524 AND gate.objid = 1
+      AND mine.classid = 1936220525 AND mine.objid = {mine}
+"""
 _CANCEL = "SELECT pg_cancel_backend({pid})"
 _ANSWER = 1.0  # seconds for what is cancelled to end
 
@@ -67,21 +72,12 @@ class Gate:
         self._watchers = watchers
         self._until = until
         self._asked: set[str] = set()
-        self._pids: dict[str, str] = {}
+        self._mine = random.getrandbits(31)
 
     def shut(self) -> None:
         """Ask for all gates; they are shut in a moment, and for `PATIENCE` at most."""
-        begun = ask_all(
-            self._holders, dict.fromkeys(self._holders, _BEGIN), until=self._until
-        )
-        for shard, rows in begun.items():
-            if isinstance(rows, Exception):
-                raise SnapshotUnavailable(
-                    f"commits on shard {shard} cannot be held up: {rows}"
-                ) from rows
-            self._pids[shard] = str(rows[0][0])
         for shard, holder in self._holders.items():
-            send(holder, _SHUT)
+            send(holder, _SHUT.format(mine=self._mine))
             self._asked.add(shard)
 
     def is_shut(self) -> bool:
@@ -90,24 +86,28 @@ class Gate:
 
     def open(self) -> None:
         """Open all gates."""
+        if not self._asked:
+            return
         asked = {s: c for s, c in self._holders.items() if s in self._asked}
-        waiting = {s for s, granted in self._states().items() if not granted}
-        self._ask({s: _CANCEL.format(pid=self._pids[s]) for s in waiting})
+        waiting = {
+            s: pid for s, (granted, pid) in self._states().items() if not granted
+        }
+        self._ask({s: _CANCEL.format(pid=pid) for s, pid in waiting.items()})
         # Where the watcher could not cancel it, the request ends by its own timeout.
         until = time.monotonic() + _ANSWER
         broadcast(asked, dict.fromkeys(asked), until=until)
-        asked = dict(self._holders)
         # A cancellation that came too late for the request may hit the first of these.
         for _ in range(2):
             asked = {s: c for s, c in asked.items() if in_transaction(driver_of(c))}
             broadcast(asked, dict.fromkeys(asked, "ROLLBACK"), until=until)
         self._asked.clear()
 
-    def _states(self) -> dict[str, bool]:
-        """Return by shard whether the request is granted, where there is one."""
-        commands = {s: _STATE.format(pid=pid) for s, pid in self._pids.items()}
+    def _states(self) -> dict[str, tuple[bool, str | None]]:
+        """Return by shard, where there is a request, if it is granted, and whose."""
+        state = _STATE.format(mine=self._mine)
+        commands = dict.fromkeys(self._holders, state)
         return {
-            shard: rows[0][0] == "t"
+            shard: (rows[0][0] == "t", rows[0][1])
             for shard, rows in self._ask(commands).items()
             if rows
         }

@@ -14,7 +14,7 @@ from shardalchemy.engine.beside import Beside
 from shardalchemy.engine.broadcast import ask_all, broadcast
 from shardalchemy.engine.cancelling import next_statement_held
 from shardalchemy.engine.deadline import Deadline
-from shardalchemy.engine.ended import end_of
+from shardalchemy.engine.ended import ended
 from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
 from shardalchemy.engine.turnstile import OneAtATime
@@ -30,7 +30,7 @@ __all__ = [
     "ask_all",
     "attempt_all",
     "broadcast",
-    "end_of",
+    "ended",
     "fanout",
     "next_statement_held",
 ]

@@ -274,6 +274,15 @@ def test_results_of_all_shards(bank: Cluster) -> None:
         assert sorted(streamed) == [*numbers]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_snapshots(bank: Cluster, numbers: dict[str, int], strict: bool) -> None:
+    with bank.sessionmaker(ack="prepared").begin() as session:
+        session.add_all(accounts(numbers))
+    with bank.snapshot(strict=strict) as session:
+        total = session.scalar(select(func.sum(Account.balance)))
+    assert total == 4 or (total is None and not strict)
+
+
 def test_a_timeout_ends_its_own_statement_and_no_other(
     bank: Cluster, servers: Servers
 ) -> None:

@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts a connection after the request and before the reply."""
+"""A TCP proxy that cuts a connection before the request or before the reply."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Self
 class CuttingProxy:
     """Forwards to a server on loopback until a client sends the bytes of `cut_on`.
 
-    That request still reaches the server; its reply does not reach the client. Only
-    the first such connection is cut, later ones pass.
+    That request still reaches the server; its reply does not reach the client. With
+    `cut_before` the request does not reach it either. Only the first such connection is
+    cut, later ones pass, unless `lets_in` is false.
     """
 
     def __init__(self, port: int) -> None:
         self._server_port = port
         self.cut_on: bytes | None = None
+        self.cut_before = False
+        self.lets_in = True
         self.cuts = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -45,6 +48,9 @@ class CuttingProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            if not self.lets_in:
+                client.close()
+                continue
             server = socket.create_connection(("127.0.0.1", self._server_port))
             self._open += [client, server]
             cut = threading.Event()
@@ -69,6 +75,9 @@ class CuttingProxy:
             while data := source.recv(65536):
                 if is_request and self.cut_on is not None and self.cut_on in data:
                     self.cut_on = None
+                    if self.cut_before:
+                        self.cuts += 1
+                        break
                     cut.set()
                     target.sendall(data)
                     continue

@@ -323,10 +323,10 @@ class Cluster:
         With *strict* what had returned from its commit is visible whatever its ``ack``,
         and with each transaction all those whose commits had returned before its own
         began. Commits that begin while the snapshot is opened wait for that, some
-        milliseconds and at most a tenth of a second at a time; a second connection to
-        each shard is taken for so long. Outside of this order is what does not commit
-        through a ShardedSession, and what does so on one shard alone and has written
-        only to tables that are not sharded, only past the session (on its
+        milliseconds and at most two tenths of a second at a time; a second connection
+        to each shard is taken for so long. Outside of this order is what does not
+        commit through a ShardedSession, and what does so on one shard alone and has
+        written only to tables that are not sharded, only past the session (on its
         ``connection()``), or with ``resolve_commits=False``.
 
         Raises SnapshotUnavailable if a shard cannot be reached, or the timeout passes.

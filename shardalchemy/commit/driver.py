@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +24,6 @@ from shardalchemy.errors import CommitOutcomeUnknown, TransactionAborted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from concurrent.futures import Future
 
     from sqlalchemy import Connection
 
@@ -50,6 +51,7 @@ _COMMANDS = {
 }
 _COMMIT_ALONE = _MARKER + "; COMMIT"
 
+_REPEATED_FOR = 5.0  # seconds
 _FORGOTTEN_AFTER = 30.0
 """Seconds after which finding no marker is no proof that a commit did not happen.
 
@@ -61,7 +63,7 @@ Half of what `housekeeping` leaves others' markers for.
 class Commit:
     """A commit over several shards that is decided.
 
-    ``done`` has a result once every shard has carried it out, None if all have.
+    ``done`` has a result once every shard has carried it out; None if all have.
     """
 
     gid: Gid
@@ -100,18 +102,23 @@ class CommitDriver:
         began = time.monotonic()
         gid = Gid.new(cluster, (numbers[shard] for shard in connections))
         branches = {shard: gid.on(numbers[shard]) for shard in connections}
+        is_async = next(iter(connections.values())).dialect.is_async
         machine = Coordinator.of(connections)
-        replies, errors = _prepare(gid, branches, connections)
+        try:
+            replies, errors = _prepare(gid, branches, connections)
+        except BaseException:
+            # A Ctrl-C, or a cancelled task: nobody is left here to decide.
+            self._resolve_beside(gid)
+            raise
         machine = machine.after(replies)
         decision = machine.decision
         if decision is Decision.RECOVER:
             lost = [s for s, reply in replies.items() if reply is Reply.LOST]
-            is_async = next(iter(connections.values())).dialect.is_async
-            self._recover(gid, lost, errors[lost[0]], began, is_async=is_async)
+            cause = errors[lost[0]]
+            told = self._recover(gid, lost, cause, began, is_async=is_async)
+            left = {} if told else branches
         elif decision is Decision.COMMIT and ack == "prepared":
-            done = self._finisher.commit(gid, branches, marked=branches)
-            self._counters.add(f"commits.{len(connections)}")
-            return Commit(gid, done)
+            left = branches
         else:
             machine = machine.after(_settle(machine.requests, branches, connections))
             left = {shard: branches[shard] for shard in machine.requests}
@@ -120,15 +127,17 @@ class CommitDriver:
                 if left:
                     self._finisher.roll_back(gid, left)
                 raise next(errors[s] for s, r in replies.items() if r is Reply.REFUSED)
-            if left:
-                # It is committed all the same: every participant has promised. Until
-                # the last has kept it, the markers of the others are its only proof.
-                logger.warning("%s: COMMIT PREPARED is repeated on %s", gid, [*left])
-                self._finisher.commit(gid, left, marked=branches)
-            else:
-                self._finisher.forget(gid, branches)
         self._counters.add(f"commits.{len(connections)}")
-        return Commit(gid, None)
+        if not left:
+            self._finisher.forget(gid, branches)
+            return Commit(gid, None)
+        # It is committed: every participant has promised. Until the last has kept it,
+        # the markers of the others are its only proof.
+        done = self._finisher.commit(gid, left, marked=branches)
+        if ack == "committed":
+            logger.warning("%s: COMMIT PREPARED is repeated on %s", gid, [*left])
+            _wait_for(done, is_async=is_async)
+        return Commit(gid, done)
 
     def commit_alone(
         self, cluster: str, number: int, shard: str, connection: Connection
@@ -160,6 +169,14 @@ class CommitDriver:
         self._finisher.forget_alone(gid, shard)
         self._counters.add("commits.1")
 
+    def _resolve_beside(self, gid: Gid) -> None:
+        threading.Thread(
+            target=self._recovery.resolve,
+            args=(gid,),
+            name="shardalchemy-resolve",
+            daemon=True,
+        ).start()
+
     def _recover(
         self,
         gid: Gid,
@@ -168,18 +185,22 @@ class CommitDriver:
         began: float,
         *,
         is_async: bool,
-    ) -> None:
-        """Return if *gid* has committed; raise what the caller is to hear otherwise."""
+    ) -> bool:
+        """Return if *gid* has committed; raise what the caller is to hear otherwise.
+
+        What is returned is whether every shard has carried it out.
+        """
         # It waits in ordinary ways, so an event loop has to be let go meanwhile.
-        outcome = (
-            await_only(asyncio.to_thread(self._recovery.resolve, gid))
+        found = (
+            await_only(asyncio.to_thread(self._recovery.conclude, gid))
             if is_async
-            else self._recovery.resolve(gid)
+            else self._recovery.conclude(gid)
         )
+        outcome = found.decision
         self._counters.add("lost_replies")
         where = f"the connection to shard {', '.join(lost)} was lost while it committed"
         if outcome is Decision.COMMIT:
-            return
+            return found.is_finished
         late = time.monotonic() - began > _FORGOTTEN_AFTER
         if outcome is Decision.ABORT and not late:
             self._counters.add("aborts")
@@ -198,6 +219,14 @@ class CommitDriver:
             " everywhere or rolled back everywhere. Do not repeat it before looking.",
             str(gid),
         ) from cause
+
+
+def _wait_for(done: Future[None], *, is_async: bool) -> None:
+    """Wait for a second step that has failed once, but not for a shard that is away."""
+    if is_async:
+        await_only(asyncio.to_thread(wait, [done], _REPEATED_FOR))
+    else:
+        wait([done], _REPEATED_FOR)
 
 
 def _prepare(

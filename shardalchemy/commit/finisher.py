@@ -131,7 +131,7 @@ class Finisher:
         self._lone.append((gid, shard))
 
     def close(self) -> None:
-        """Finish what is queued, delete markers that are old, and end the thread.
+        """Finish what is queued, delete the markers that are due, and end the thread.
 
         What a server that hangs holds up for too long is left to recovery.
         """
@@ -277,8 +277,7 @@ def _run(finisher: weakref.ref[Finisher], works: _Queue) -> None:
             logger.exception("commits are finished on after an error")
         pause = min(pause * 2, _LONGEST_PAUSE) if waiting else _SHORTEST_PAUSE
         if ending:
-            # Other processes' snapshots may need the younger ones, which `housekeeping`
-            # deletes: one deleted too early hides a transaction that a cut tears.
+            # Younger ones are still needed by snapshots: they are housekeeping's.
             present.forget_until(time.monotonic() - RETENTION)
         del present
     for work in waiting:

@@ -35,14 +35,16 @@ SHARED = "pg_advisory_xact_lock_shared(1936220524, 1)"
 """What a transaction calls before it commits, on each shard that it has written on."""
 
 PATIENCE = 0.1
-"""Seconds after which a gate opens by itself, for those who wait behind it."""
+"""Seconds for which a gate is asked for, and for which it stays shut, at most."""
 
-# Whose request it is, a lock of a random number says: what the driver takes for the
-# number of its server process is a pooler's where there is one in between.
+# The server opens the gate by itself, whatever becomes of who has shut it. A lock of a
+# random number says whose request it is: what the driver takes for the number of its
+# server process is a pooler's where there is one in between.
 _SHUT = (
     f"BEGIN; SET LOCAL lock_timeout = {PATIENCE * 1000:.0f};"
     " SELECT pg_advisory_xact_lock(1936220525, {mine});"
-    " SELECT pg_advisory_xact_lock(1936220524, 1)"
+    " SELECT pg_advisory_xact_lock(1936220524, 1);"
+    f" SELECT pg_sleep({PATIENCE}); COMMIT"
 )
 _STATE = """
     SELECT gate.granted, gate.pid
@@ -89,10 +91,8 @@ class Gate:
         if not self._asked:
             return
         asked = {s: c for s, c in self._holders.items() if s in self._asked}
-        waiting = {
-            s: pid for s, (granted, pid) in self._states().items() if not granted
-        }
-        self._ask({s: _CANCEL.format(pid=pid) for s, pid in waiting.items()})
+        pids = {shard: pid for shard, (_, pid) in self._states().items()}
+        self._ask({s: _CANCEL.format(pid=pid) for s, pid in pids.items()})
         # Where the watcher could not cancel it, the request ends by its own timeout.
         until = time.monotonic() + _ANSWER
         broadcast(asked, dict.fromkeys(asked), until=until)

@@ -155,7 +155,11 @@ class Recovery:
 
         A participant that is out of reach by then is told when somebody recovers again.
         """
-        return self._resolve_all([gid])[gid].decision or Decision.RECOVER
+        return self.conclude(gid).decision or Decision.RECOVER
+
+    def conclude(self, gid: Gid) -> Recoverer:
+        """Do the same; return what was seen of each participant as well."""
+        return self._resolve_all([gid])[gid]
 
     def _resolve_all(self, gids: Iterable[Gid]) -> dict[Gid, Recoverer]:
         gids = list(gids)

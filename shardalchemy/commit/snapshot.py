@@ -23,6 +23,7 @@ from sqlalchemy.util import await_only
 from shardalchemy.commit import finisher
 from shardalchemy.commit.cut import Base, Evidence
 from shardalchemy.commit.gate import PATIENCE, Gate
+from shardalchemy.commit.gid import Gid
 from shardalchemy.engine import ask_all, broadcast
 from shardalchemy.engine.wire import driver_of, in_transaction, is_lost
 from shardalchemy.errors import SnapshotUnavailable
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.commit.counters import Counters
     from shardalchemy.commit.cut import Torn
+    from shardalchemy.commit.recovery import Recovery
     from shardalchemy.engine.broadcast import Rows
 
 __all__ = ["Snapshots"]
@@ -102,8 +104,9 @@ _LAPSED = (
 class Snapshots:
     """Opens snapshots of one cluster; the last one is the base of the next."""
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, recovery: Recovery) -> None:
         self._counters = counters
+        self._recovery = recovery
         self._last: Base | None = None
 
     def open(
@@ -122,7 +125,7 @@ class Snapshots:
         Raises SnapshotUnavailable, with the connections left in any state.
         """
         shards = _Shards(topology, connections, until)
-        opening = _Opening(shards, self._counters, finishes_all=strict)
+        opening = _Opening(shards, self._counters, self._recovery, finishes_all=strict)
         cut = None if strict else opening.run(self._base(connections), _GATE_AFTER)
         pause = _GATE_PAUSE
         while cut is None:
@@ -231,6 +234,14 @@ class _Shards:
                 if not _is_one_of(outcome, _LEFT_TO_OTHERS):
                     logger.warning("shard %s: %s", shard, outcome)
 
+    def conclude(self, recovery: Recovery, gid: str) -> None:
+        """Have a transaction recovered that is not known to be decided."""
+        found = Gid.parse(gid)
+        if found is not None and self.is_async:
+            await_only(asyncio.to_thread(recovery.resolve, found))
+        elif found is not None:
+            recovery.resolve(found)
+
     def waits_for(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until *condition* holds; return whether it did so in time."""
         until = min(time.monotonic() + seconds, self.until)
@@ -263,10 +274,16 @@ class _Opening:
     """Opens a cut, and repairs it until it is whole."""
 
     def __init__(
-        self, shards: _Shards, counters: Counters, *, finishes_all: bool
+        self,
+        shards: _Shards,
+        counters: Counters,
+        recovery: Recovery,
+        *,
+        finishes_all: bool,
     ) -> None:
         self._shards = shards
         self._counters = counters
+        self._recovery = recovery
         self._finishes_all = finishes_all
         self._snapshots: dict[str, str] = {}
 
@@ -369,10 +386,29 @@ class _Opening:
         said = self._begin(self._bases(missing), look=self._finishes_all, after=missing)
         late = {s: gids for s, gids in missing.items() if s not in said}
         if late:
-            self._shards.try_each(_COMMIT_PREPARED, late)
+            self._help(late, [t.gid for t in torn if not t.is_shown])
             said |= self._begin(self._bases(late), look=self._finishes_all)
         for shard, heard in said.items():
             evidence.reopened(shard, *heard)
+
+    def _help(
+        self, late: Mapping[str, Sequence[str]], not_shown: Iterable[str]
+    ) -> None:
+        """Have transactions committed where they are still prepared.
+
+        Those that are *not shown* anywhere are prepared everywhere, which can be seen
+        before a synchronous standby has it: recovery, which waits for that, concludes.
+        """
+        to_conclude = set(not_shown)
+        decided = {
+            shard: [gid for gid in gids if gid not in to_conclude]
+            for shard, gids in late.items()
+        }
+        for gid in to_conclude & set().union(*late.values()):
+            self._shards.conclude(self._recovery, gid)
+        decided = {shard: gids for shard, gids in decided.items() if gids}
+        if decided:
+            self._shards.try_each(_COMMIT_PREPARED, decided)
 
     def _bases(self, shards: Iterable[str]) -> dict[str, str]:
         return {shard: self._snapshots[shard] for shard in shards}

@@ -53,7 +53,7 @@ class Transactions:
         self.patrol = Patrol(self)
         in_doubt = InDoubt(self.recovery, lambda: topology().cluster, self.counters)
         self.waits = Waits(sessions, connect_beside, topology, in_doubt, self.counters)
-        self.snapshots = Snapshots(self.counters)
+        self.snapshots = Snapshots(self.counters, self.recovery)
         self._driver = CommitDriver(self.finisher, self.recovery, self.counters)
 
     def commit(

@@ -454,7 +454,7 @@ def test_strict_keeps_the_order_of_commits_on_single_shards(
                 )
                 writers.append(thread)
                 thread.start()
-                thread.join(0.3 if strict else None)
+                thread.join(0.03 if strict else None)
         return found
 
     monkeypatch.setattr(snapshot, "ask_all", slowly)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from functools import cached_property
-from os import getpid
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from sqlalchemy import Connection, Table, inspect
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cluster"]
 
+_clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
+
 S = TypeVar("S", bound=ShardedSession)
 A = TypeVar("A", bound="AsyncShardedSession")
 T = TypeVar("T")
@@ -89,7 +91,9 @@ class Cluster:
         Session = cluster.sessionmaker()
 
     Nothing is sent to a server before something asks. One cluster serves any number of
-    threads and event loops; close it at the end, or use it as a context manager.
+    threads and event loops, and goes on in a process that is forked, with connections
+    of its own, but for engines that were given to it; close it at the end, or use it as
+    a context manager.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class Cluster:
         self._loading = OneAtATime()
         self._sequences = Sequences()
         self._row_locks = RowLocks(redis, lambda: self.topology.cluster)
+        _clusters.add(self)
 
     # The planner and the commit protocol are imported by the first that needs them: a
     # program that only opens a session on its home shard starts the sooner.
@@ -167,12 +172,18 @@ class Cluster:
         has no second one that could be asked.
         """
         # A fork has to start its own threads.
-        if self._working_in != (process := getpid()):
+        if self._working_in != (process := os.getpid()):
             self._working_in = process
             if len(self._shards.names) > 1 and not self._shards.has_connections:
                 self._transactions.waits.start()
                 if self._recover_in_background:
                     self._transactions.patrol.start()
+
+    def _forked(self) -> None:
+        """Begin anew what a fork cannot share with its parent."""
+        self._shards.forked()
+        self._loading = OneAtATime()
+        vars(self).pop("_transactions", None)
 
     def __repr__(self) -> str:
         return f"Cluster({', '.join(self._shards.names)})"
@@ -481,3 +492,12 @@ class Cluster:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _forked() -> None:
+    for cluster in list(_clusters):
+        cluster._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -115,8 +115,11 @@ class ShardedTransaction(_Routed):
                 return
         except BaseException:
             self._give_up_lost()
-            with self._expect_state(SessionTransactionState.CLOSED):
-                self.rollback()
+            try:
+                with self._expect_state(SessionTransactionState.CLOSED):
+                    self.rollback()
+            except Exception as error:  # it would take the place of what is to be told
+                logger.warning("a commit that failed is not rolled back: %s", error)
             raise
         self._give_up_lost(hung_up=False)
 
@@ -210,11 +213,7 @@ class ShardedTransaction(_Routed):
         connections = dict(sorted(connections.items()))
         check_not_ended(connections)
         for shard, connection in connections.items():
-            if in_failed_transaction(driver_of(connection)):
-                raise TransactionAborted(
-                    f"a statement on shard {shard} has failed in this transaction; it"
-                    " cannot commit and it was rolled back on every shard."
-                )
+            _check_may_commit(shard, connection)
         written = self._written(connections)
         self.session._unpreparable.check(written)
         self.session._commit_began = True
@@ -281,6 +280,15 @@ def check_not_ended(connections: Mapping[str, Connection]) -> None:
         raise TransactionAborted(
             f"the connection to shard {shard} was lost in the middle of the transaction"
             f" ({reason}); it is rolled back on every shard. Run it again."
+        )
+
+
+def _check_may_commit(shard: str, connection: Connection) -> None:
+    """Raise TransactionAborted where the server would answer ROLLBACK to COMMIT."""
+    if in_failed_transaction(driver_of(connection)):
+        raise TransactionAborted(
+            f"a statement on shard {shard} has failed in this transaction; it cannot"
+            " commit and it was rolled back on every shard."
         )
 
 

@@ -190,6 +190,13 @@ class ShardEngines:
         if self._budget is not None:
             self._budget.cover(sync_engine)
 
+    def forked(self) -> None:
+        """Leave the connections to the parent, in a process that was just forked."""
+        self._lock = threading.Lock()
+        for engine in self._owned:
+            sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
+            sync_engine.dispose(close=False)
+
     def dispose(self) -> None:
         """Close the idle connections of the sync engines that were made here."""
         for engine in self._owned:

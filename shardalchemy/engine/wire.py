@@ -28,6 +28,7 @@ __all__ = [
     "driver_of",
     "in_failed_transaction",
     "in_transaction",
+    "is_busy",
     "is_lost",
     "rows",
     "simple_query",
@@ -45,6 +46,11 @@ def driver_of(connection: Connection) -> Driver:
 def is_lost(driver: Driver) -> bool:
     """Return whether the connection to the server is known to be gone."""
     return driver.closed
+
+
+def is_busy(driver: Driver) -> bool:
+    """Return whether an answer of the server is still to be read."""
+    return driver.pgconn.transaction_status == TransactionStatus.ACTIVE
 
 
 def in_failed_transaction(driver: Driver) -> bool:

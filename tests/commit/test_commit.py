@@ -428,7 +428,6 @@ def test_recovery_runs_in_the_process_that_made_the_tables_and_in_its_forks(
             child = os.fork()
         if child == 0:
             try:
-                cluster._shards.dispose()
                 with cluster.sessionmaker()() as session:
                     session.get(Account, 1)
                 os.write(writer, ",".join(names()).encode())

@@ -426,7 +426,7 @@ class Cluster:
         assert self._known is not None
         self._transactions.commit_alone(self._known, shard, connection)
 
-    def recover(self, *, grace: float = 60.0) -> RecoveryReport:
+    def recover(self, *, grace: float = 3.0) -> RecoveryReport:
         """Finish what crashed processes have left prepared.
 
         Looks at transactions of this cluster that were prepared over *grace* seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from shardalchemy.catalog import (
@@ -47,8 +48,10 @@ def create_all(
     *commit* commits the connections of several shards together. Raises
     ConfigurationError where a server cannot be used, with nothing changed.
     """
-    connections = {name: engines.connect(name) for name in engines.shards}
-    try:
+    with ExitStack() as stack:
+        connections = {
+            name: stack.enter_context(engines.connect(name)) for name in engines.shards
+        }
         states: dict[str, ShardState] = {}
         locked: dict[int, str] = {}
         for name in sorted(connections):
@@ -84,9 +87,6 @@ def create_all(
             commit(topology, members)
         for connection in connections.values():
             connection.commit()
-    finally:
-        for connection in connections.values():
-            connection.close()
     return topology
 
 

@@ -10,7 +10,6 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import psycopg
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
@@ -18,6 +17,7 @@ from shardalchemy.commit.gate import SHARED
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Coordinator, Decision, Reply, Request
 from shardalchemy.commit.refusals import explained
+from shardalchemy.commit.settling import settled
 from shardalchemy.engine import broadcast
 from shardalchemy.engine.wire import driver_of, is_lost, simple_query
 from shardalchemy.errors import CommitOutcomeUnknown, TransactionAborted
@@ -124,6 +124,8 @@ class CommitDriver:
             left = {shard: branches[shard] for shard in machine.requests}
             if decision is Decision.ABORT:
                 self._counters.add("aborts")
+                # One whose reply was lost may have prepared, and never can commit.
+                left |= {s: branches[s] for s, r in replies.items() if r is Reply.LOST}
                 if left:
                     self._finisher.roll_back(gid, left)
                 raise next(errors[s] for s, r in replies.items() if r is Reply.REFUSED)
@@ -156,7 +158,7 @@ class CommitDriver:
         except sa_exc.DBAPIError as error:
             if not is_lost(driver_of(connection)):
                 self._counters.add("aborts")
-                raise _explained(error, shard) from error
+                raise explained(shard, connection, gid, error) from error
             is_async = connection.dialect.is_async
             self._recover(gid, [shard], error, began, is_async=is_async)
         else:
@@ -255,8 +257,7 @@ def _prepare(
             gone = is_lost(driver_of(connections[shard]))
             certain = isinstance(outcome, sa_exc.DBAPIError) and not gone
             replies[shard] = Reply.REFUSED if certain else Reply.LOST
-            refusal = _explained(outcome, shard)
-            errors[shard] = explained(shard, connections[shard], gid, refusal)
+            errors[shard] = explained(shard, connections[shard], gid, outcome)
         elif outcome[-1] != "PREPARE TRANSACTION":
             # A transaction that has failed answers ROLLBACK, without an error.
             replies[shard] = Reply.REFUSED
@@ -283,24 +284,8 @@ def _settle(
         for shard, request in requests.items()
     }
     outcomes = broadcast({s: connections[s] for s in commands}, commands)
-    return {
-        shard: Reply.DONE
-        if not isinstance(outcome, Exception)
-        or isinstance(getattr(outcome, "orig", None), psycopg.errors.UndefinedObject)
-        else Reply.LOST
+    heard = {
+        shard: settled(outcome) if isinstance(outcome, Exception) else Reply.DONE
         for shard, outcome in outcomes.items()
     }
-
-
-def _explained(error: Exception, shard: str) -> Exception:
-    """Return the error of a refused commit as the caller is to see it."""
-    origin = getattr(error, "orig", None)
-    if (
-        isinstance(origin, psycopg.errors.UniqueViolation)
-        and origin.diag.schema_name == "shardalchemy"
-    ):
-        return TransactionAborted(
-            f"the commit took so long to reach shard {shard} that recovery, which found"
-            " it half prepared, has rolled it back on every shard. Run it again."
-        )
-    return error
+    return {s: Reply.LOST if r is Reply.REFUSED else r for s, r in heard.items()}

@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import queue
-import threading
 import time
 import weakref
 from collections import defaultdict, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-import psycopg
 from sqlalchemy import exc as sa_exc
 
-from shardalchemy.engine import Visits
-from shardalchemy.engine.wire import driver_of, is_lost, simple_query
+from shardalchemy.commit.protocol import Reply
+from shardalchemy.commit.settling import settled
+from shardalchemy.engine import Background, Visits, kept_if_sound
+from shardalchemy.engine.wire import simple_query
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterable, Mapping
 
     from sqlalchemy import Connection
@@ -93,18 +94,15 @@ class Finisher:
 
     def __init__(self, connect: Callable[[str], Connection]) -> None:
         self._connect = connect
-        self._lock = threading.Lock()
-        self._reset()
-        _finishers.add(self)
-
-    def _reset(self) -> None:
         self._queue: _Queue = queue.SimpleQueue()
         self._markers: deque[tuple[float, Gid, tuple[str, ...]]] = deque()
         self._lone: deque[tuple[Gid, str]] = deque()
         self._deleted: defaultdict[str, int] = defaultdict(int)
         self._visits = Visits()
-        self._thread: threading.Thread | None = None
-        self._process = os.getpid()
+        self._thread = Background(
+            "shardalchemy-finisher", partial(_run, weakref.ref(self), self._queue)
+        )
+        _finishers.add(self)
 
     def commit(
         self, gid: Gid, branches: Mapping[str, str], *, marked: Iterable[str]
@@ -122,12 +120,12 @@ class Finisher:
 
     def forget(self, gid: Gid, shards: Iterable[str]) -> None:
         """Delete the markers of a transaction over several shards, in time."""
-        self._start()
+        self._thread.start()
         self._markers.append((time.monotonic(), gid, tuple(shards)))
 
     def forget_alone(self, gid: Gid, shard: str) -> None:
         """Delete the marker of a transaction on one shard, whose outcome is known."""
-        self._start()
+        self._thread.start()
         self._lone.append((gid, shard))
 
     def close(self) -> None:
@@ -135,37 +133,12 @@ class Finisher:
 
         What a server that hangs holds up for too long is left to recovery.
         """
-        with self._lock:
-            thread, self._thread = self._thread, None
-            ended, self._queue = self._queue, queue.SimpleQueue()
-        if thread is not None and self._process == os.getpid():
-            ended.put(None)
-            thread.join(_ENDING)
+        self._thread.close(_ENDING, wake=lambda: self._queue.put(None))
 
     def _put(self, work: _Work) -> Future[None]:
-        self._start(work)
+        self._queue.put(work)
+        self._thread.start()
         return work.done
-
-    def _start(self, work: _Work | None = None) -> None:
-        """Start the thread, if it does not run in this process, and give it *work*."""
-        thread = self._thread
-        is_running = thread is not None and self._process == os.getpid()
-        if is_running and work is None:
-            return
-        with self._lock:
-            if self._process != os.getpid():
-                self._reset()  # a fork has the queue, but not the thread
-            if self._thread is None:
-                # It holds this object weakly: a forgotten cluster ends it.
-                self._thread = threading.Thread(
-                    target=_run,
-                    args=(weakref.ref(self), self._queue),
-                    name="shardalchemy-finisher",
-                    daemon=True,
-                )
-                self._thread.start()
-            if work is not None:
-                self._queue.put(work)
 
     # -- in the thread -----------------------------------------------------------------
 
@@ -175,7 +148,7 @@ class Finisher:
         for work in works:
             for shard in work.branches:
                 by_shard[shard].append(work)
-        settled: defaultdict[str, list[_Work]] = defaultdict(list)
+        told: defaultdict[str, list[_Work]] = defaultdict(list)
 
         def settle(shard: str, connection: Connection) -> None:
             for work in by_shard[shard]:
@@ -183,13 +156,12 @@ class Finisher:
                 try:
                     simple_query(connection, sql)
                 except sa_exc.DBAPIError as error:
-                    # Where another has done it, the name is not to be found.
-                    if not isinstance(error.orig, psycopg.errors.UndefinedObject):
+                    if settled(error) is not Reply.DONE:
                         raise
-                settled[shard].append(work)
+                told[shard].append(work)
 
         self._visit(settle, by_shard)
-        for shard, done in settled.items():
+        for shard, done in told.items():
             for work in list(done):
                 work.branches.pop(shard, None)
         again = []
@@ -236,12 +208,8 @@ class Finisher:
         """Run a step on every shard at once; one that hangs holds up no other."""
 
         def visit(shard: str) -> None:
-            with self._connect(shard) as connection:
-                try:
-                    step(shard, connection)
-                finally:
-                    if is_lost(driver_of(connection)):
-                        connection.invalidate()
+            with kept_if_sound(self._connect(shard)) as connection:
+                step(shard, connection)
 
         answers = self._visits.at_once(visit, shards, time.monotonic() + _PATIENCE)
         for shard, answer in answers.items():
@@ -254,15 +222,17 @@ _Queue = queue.SimpleQueue[_Work | None]
 _finishers: weakref.WeakSet[Finisher] = weakref.WeakSet()
 
 
-def _run(finisher: weakref.ref[Finisher], works: _Queue) -> None:
-    """Do what is queued, until None is; the thread of a `Finisher`."""
-    ending = False
+def _run(
+    finisher: weakref.ref[Finisher], works: _Queue, ending: threading.Event
+) -> None:
+    """Do what is queued, until it is to end and nothing is; a `Finisher`'s thread."""
     waiting: list[_Work] = []
     pause = _SHORTEST_PAUSE
     forgot_at = time.monotonic()
-    while not ending:
-        new, ending = _next(works, wait=pause if waiting else _FORGET_EVERY)
-        waiting += new
+    is_last = False
+    while not is_last:
+        waiting += _next(works, wait=pause if waiting else _FORGET_EVERY)
+        is_last = ending.is_set() and works.empty()
         present = finisher()
         if present is None:
             break
@@ -270,33 +240,32 @@ def _run(finisher: weakref.ref[Finisher], works: _Queue) -> None:
             if waiting:
                 waiting = present.finish(waiting)
             now = time.monotonic()
-            if now - forgot_at >= _FORGET_EVERY:
+            if is_last or now - forgot_at >= _FORGET_EVERY:
                 forgot_at = now
+                # Younger ones are still needed by snapshots: at the end they are left
+                # to housekeeping.
                 present.forget_until(now - RETENTION)
         except Exception:
             logger.exception("commits are finished on after an error")
         pause = min(pause * 2, _LONGEST_PAUSE) if waiting else _SHORTEST_PAUSE
-        if ending:
-            # Younger ones are still needed by snapshots: they are housekeeping's.
-            present.forget_until(time.monotonic() - RETENTION)
         del present
     for work in waiting:
         work.leave()
 
 
-def _next(works: _Queue, wait: float) -> tuple[list[_Work], bool]:
-    """Return what is queued, up to a batch of it, and whether it was the last."""
+def _next(works: _Queue, wait: float) -> list[_Work]:
+    """Return what is queued, up to a batch of it; None only wakes who waits."""
     found: list[_Work] = []
     try:
         item = works.get(timeout=wait)
-        while item is not None:
-            found.append(item)
+        while True:
+            if item is not None:
+                found.append(item)
             if len(found) == _BATCH:
-                return found, False
+                return found
             item = works.get_nowait()
     except queue.Empty:
-        return found, False
-    return found, True
+        return found
 
 
 @atexit.register

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,12 @@ from sqlalchemy import exc as sa_exc
 
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Decision, Recoverer, Reply, Request
-from shardalchemy.engine import Visits
+from shardalchemy.commit.settling import settled
+from shardalchemy.engine import Visits, kept_if_sound
 from shardalchemy.engine.wire import driver_of, is_lost, simple_query, simple_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from sqlalchemy import Connection
 
@@ -120,7 +121,7 @@ class Recovery:
         deadline = time.monotonic() + self._patience
 
         def look(shard: str) -> list[Gid]:
-            with self._connection(shard) as connection:
+            with kept_if_sound(self._connect(shard)) as connection:
                 found = [
                     Gid.parse(gid or "") for (gid,) in simple_rows(connection, sql)
                 ]
@@ -185,7 +186,7 @@ class Recovery:
             def visit(
                 shard: str, wanted: Mapping[str, dict[Gid, Request]] = wanted
             ) -> dict[Gid, Reply]:
-                with self._connection(shard) as connection:
+                with kept_if_sound(self._connect(shard)) as connection:
                     return _ask(connection, numbers[shard], wanted[shard])
 
             answers = self._visits.at_once(visit, wanted, deadline)
@@ -209,22 +210,12 @@ class Recovery:
     def _is_alone(self, shard: str, stack: ExitStack) -> bool:
         """Keep other processes from recovering at *shard* until *stack* is closed."""
         try:
-            connection = stack.enter_context(self._connection(shard))
+            connection = stack.enter_context(kept_if_sound(self._connect(shard)))
             ((got,),) = simple_rows(connection, _ALONE)
             stack.callback(_ended, connection)
         except sa_exc.DBAPIError:
             return False
         return got == "t"
-
-    @contextmanager
-    def _connection(self, shard: str) -> Iterator[Connection]:
-        with self._connect(shard) as connection:
-            try:
-                yield connection
-            finally:
-                # One that was lost must not go back to the pool, nor be rolled back.
-                if not connection.invalidated and is_lost(driver_of(connection)):
-                    connection.invalidate()
 
 
 def _by_shard(
@@ -292,12 +283,11 @@ def _settle(connection: Connection, branch: str, request: Request) -> Reply:
     try:
         simple_query(connection, f"{command} PREPARED '{branch}'")
     except sa_exc.DBAPIError as error:
-        if isinstance(error.orig, psycopg.errors.UndefinedObject):
-            return Reply.DONE  # another has done it
-        if isinstance(error.orig, psycopg.errors.ObjectInUse):
-            return Reply.LOST  # another is doing it
+        reply = settled(error)
+        if reply is Reply.REFUSED:
+            logger.warning("%s PREPARED '%s' is refused: %s", command, branch, error)
+            return Reply.UNREACHABLE
         if is_lost(driver_of(connection)):
             raise
-        logger.warning("%s PREPARED '%s' is refused: %s", command, branch, error.orig)
-        return Reply.UNREACHABLE
+        return reply
     return Reply.DONE

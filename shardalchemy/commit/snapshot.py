@@ -24,6 +24,8 @@ from shardalchemy.commit import finisher
 from shardalchemy.commit.cut import Base, Evidence
 from shardalchemy.commit.gate import PATIENCE, Gate
 from shardalchemy.commit.gid import Gid
+from shardalchemy.commit.protocol import Reply
+from shardalchemy.commit.settling import settled
 from shardalchemy.engine import ask_all, broadcast
 from shardalchemy.engine.wire import driver_of, in_transaction, is_lost
 from shardalchemy.errors import SnapshotUnavailable
@@ -66,12 +68,6 @@ _VISIBLE = (
 _NAMES = re.compile(r"sa1:[0-9a-f:]+(?:/\d+)?(?: sa1:[0-9a-f:]+(?:/\d+)?)*")
 
 _COMMIT_PREPARED = "COMMIT PREPARED '{gid}/{number}'"
-_LEFT_TO_OTHERS = (
-    psycopg.errors.UndefinedObject,  # done
-    psycopg.errors.ObjectNotInPrerequisiteState,  # busy
-    psycopg.errors.ObjectInUse,
-    psycopg.errors.InsufficientPrivilege,
-)
 
 _BASE_IS_RECENT = 0.25
 """Seconds for which an accepted cut is the base of the next.
@@ -231,7 +227,7 @@ class _Shards:
                     continue
                 if is_lost(driver_of(self.connections[shard])):
                     raise self._unavailable(shard, outcome) from outcome
-                if not _is_one_of(outcome, _LEFT_TO_OTHERS):
+                if settled(outcome) is Reply.REFUSED:
                     logger.warning("shard %s: %s", shard, outcome)
 
     def conclude(self, recovery: Recovery, gid: str) -> None:

@@ -10,6 +10,7 @@ all sessions wait; `Visits` goes to several shards in threads, and waits for non
 long.
 """
 
+from shardalchemy.engine.background import Background
 from shardalchemy.engine.beside import Beside
 from shardalchemy.engine.broadcast import ask_all, broadcast
 from shardalchemy.engine.cancelling import next_statement_held
@@ -19,8 +20,10 @@ from shardalchemy.engine.engines import Bindings, ShardEngines
 from shardalchemy.engine.fanout import attempt_all, fanout
 from shardalchemy.engine.turnstile import OneAtATime
 from shardalchemy.engine.visits import Visits
+from shardalchemy.engine.wire import kept_if_sound
 
 __all__ = [
+    "Background",
     "Beside",
     "Bindings",
     "Deadline",
@@ -32,5 +35,6 @@ __all__ = [
     "broadcast",
     "ended",
     "fanout",
+    "kept_if_sound",
     "next_statement_held",
 ]

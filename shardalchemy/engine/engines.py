@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.pool import NullPool, QueuePool
@@ -17,7 +19,6 @@ from shardalchemy.errors import ConfigurationError, UnknownShardError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import psycopg
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -46,6 +47,7 @@ class ShardEngines:
         self._async: dict[str, AsyncEngine] = {}
         self._owned: list[Engine | AsyncEngine] = []
         self._beside: dict[str, Engine] = {}
+        self._connects: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._options = {"pool_timeout": pool_timeout, **engine_options}
         self._budget = (
             _ConnectionBudget(max_connections, pool_timeout)
@@ -67,6 +69,7 @@ class ShardEngines:
             _require_psycopg(name, shard.url)
             self._async[name] = shard
             self._urls[name] = shard.url.set(drivername="postgresql+psycopg")
+            event.listen(shard.sync_engine, "do_connect", partial(self._note, name))
         else:
             url = make_url(shard)
             if url.drivername == "postgresql":
@@ -118,10 +121,27 @@ class ShardEngines:
             with self._lock:
                 found = self._sync.get(shard)
                 if found is None:
-                    found = create_engine(url, **self._named(shard))
+                    options = self._named(shard)
+                    if shard in self._async:
+                        options["creator"] = partial(self._connect_alike, shard)
+                    found = create_engine(url, **options)
                     self._keep(found, found)
                     self._sync[shard] = found
         return found
+
+    def _note(self, shard: str, _: Any, __: Any, args: Any, options: Any) -> None:
+        """Note how a given AsyncEngine connects, for the sync one beside it."""
+        self._connects[shard] = (tuple(args), dict(options))
+
+    def _connect_alike(self, shard: str) -> psycopg.Connection[Any]:
+        """Open a sync connection as the AsyncEngine that *shard* was given as does."""
+        url = self.url(shard)
+        args, options = self._connects.get(
+            shard
+        ) or url.get_dialect()().create_connect_args(url)
+        for name in ("async_creator_fn", "async_fallback"):
+            options.pop(name, None)
+        return psycopg.connect(*args, **options)
 
     def asynchronous(self, shard: str) -> AsyncEngine:
         """Return *shard*'s async engine."""

@@ -9,16 +9,21 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from sqlalchemy import exc, text
 
-from shardalchemy import Cluster, CommitOutcomeUnknown, TransactionAborted
+from shardalchemy import (
+    Cluster,
+    CommitOutcomeUnknown,
+    TransactionAborted,
+    UnsupportedQueryError,
+)
 from shardalchemy.commit import Gid, driver
 from tests.commit.accounts import Account, Base, number_on
 from tests.conftest import Servers, wipe
 from tests.proxy import CuttingProxy
 
 BALANCES = "SELECT number, balance FROM accounts"
-TEMPORARY = text("CREATE TEMPORARY TABLE IF NOT EXISTS passing (n int)")
+# Past the session, which would refuse what it can see.
+TEMPORARY = "CREATE TEMPORARY TABLE IF NOT EXISTS passing (n int)"
 
 before_or_after = pytest.mark.parametrize(
     "cut_before", [True, False], ids=["before it arrives", "before the reply"]
@@ -63,14 +68,15 @@ class Bank:
                 session.add_all(rows)
                 await session.flush()
                 if refused_on is not None:
-                    await session.execute(TEMPORARY, **refused)
+                    connection = await session.connection(**refused)
+                    await connection.exec_driver_sql(TEMPORARY)
                 await session.commit()
         else:
             with self.cluster.sessionmaker()() as session:
                 session.add_all(rows)
                 session.flush()
                 if refused_on is not None:
-                    session.execute(TEMPORARY, **refused)
+                    session.connection(**refused).exec_driver_sql(TEMPORARY)
                 session.commit()
 
     def holds(self) -> list[str]:
@@ -185,7 +191,7 @@ async def test_rollback_prepared_that_is_lost_is_repeated(
 ) -> None:
     # PostgreSQL refuses to prepare what has touched a temporary table.
     proxy = bank.cut("s1", b"ROLLBACK PREPARED", before=cut_before)
-    with pytest.raises(exc.NotSupportedError, match="temporary objects"):
+    with pytest.raises(UnsupportedQueryError, match="temporary objects"):
         await bank.commit("s1", "s2", is_async=is_async, refused_on="s2")
     assert proxy.cuts == 1
     assert bank.holds() == []
@@ -244,8 +250,8 @@ async def test_a_session_that_loses_one_reply_after_another_is_told_as_it_is(
         bank.cut("s1", what, before=cut_before)
         return recover(*arguments, **options)
 
-    recover = bank.cluster._transactions.recovery.resolve
-    bank.cluster._transactions.recovery.resolve = next_cut
+    recover = bank.cluster._transactions.recovery.conclude
+    bank.cluster._transactions.recovery.conclude = next_cut
     if never_arrives:
         with pytest.raises(TransactionAborted):
             await bank.commit("s1", "s2", is_async=is_async)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from functools import cached_property
-from os import getpid
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from sqlalchemy import Connection, Table, inspect
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cluster"]
 
+_clusters: weakref.WeakSet[Cluster] = weakref.WeakSet()
+
 S = TypeVar("S", bound=ShardedSession)
 A = TypeVar("A", bound="AsyncShardedSession")
 T = TypeVar("T")
@@ -60,7 +62,8 @@ class Cluster:
     home shard of a cluster that is created with it. *redis* is a URL of the Redis or
     Valkey in which hot rows are queued for. *ack* says when a cross-shard commit
     returns: ``"committed"`` everywhere, or as soon as all shards have ``"prepared"``.
-    *max_connections* bounds the connections this process opens to all shards together.
+    *max_connections* bounds the connections this process opens to all shards together,
+    but for one a shard by which waits are looked at while sessions wait.
     *gather_max_rows* bounds the rows that a statement may bring from all shards to one,
     where it cannot be answered otherwise.
     *scatter* says what becomes of a statement whose shard keys nothing pins, so that it
@@ -88,7 +91,9 @@ class Cluster:
         Session = cluster.sessionmaker()
 
     Nothing is sent to a server before something asks. One cluster serves any number of
-    threads and event loops; close it at the end, or use it as a context manager.
+    threads and event loops, and goes on in a process that is forked, with connections
+    of its own, but for engines that were given to it; close it at the end, or use it as
+    a context manager.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class Cluster:
         self._loading = OneAtATime()
         self._sequences = Sequences()
         self._row_locks = RowLocks(redis, lambda: self.topology.cluster)
+        _clusters.add(self)
 
     # The planner and the commit protocol are imported by the first that needs them: a
     # program that only opens a session on its home shard starts the sooner.
@@ -153,7 +159,7 @@ class Cluster:
 
         this = weakref.ref(self)
         return commit.Transactions(
-            self._sync.connect,
+            self._shards.connect_in_background,
             lambda: self.topology,
             self._shards.connect_beside,
             lambda: sessions_of(this()),
@@ -166,12 +172,18 @@ class Cluster:
         has no second one that could be asked.
         """
         # A fork has to start its own threads.
-        if self._working_in != (process := getpid()):
+        if self._working_in != (process := os.getpid()):
             self._working_in = process
             if len(self._shards.names) > 1 and not self._shards.has_connections:
                 self._transactions.waits.start()
                 if self._recover_in_background:
                     self._transactions.patrol.start()
+
+    def _forked(self) -> None:
+        """Begin anew what a fork cannot share with its parent."""
+        self._shards.forked()
+        self._loading = OneAtATime()
+        vars(self).pop("_transactions", None)
 
     def __repr__(self) -> str:
         return f"Cluster({', '.join(self._shards.names)})"
@@ -314,17 +326,18 @@ class Cluster:
         What is promised: a transaction over several shards is wholly visible or not at
         all; on each shard there is the one moment that PostgreSQL's REPEATABLE READ
         gives; and what has returned from its commit is visible, but with
-        ``ack="prepared"`` perhaps not yet. What is not: an order between transactions
-        on different shards. Of two, each on one shard, the later may be visible and the
-        earlier not, if both commit while the snapshot is opened.
+        ``ack="prepared"`` perhaps not yet, unless ``after=`` its commit token. What is
+        not: an order between transactions on different shards. Of two, each on one
+        shard, the later may be visible and the earlier not, if both commit while the
+        snapshot is opened.
 
         With *strict* what had returned from its commit is visible whatever its ``ack``,
         and with each transaction all those whose commits had returned before its own
         began. Commits that begin while the snapshot is opened wait for that, some
-        milliseconds and at most a tenth of a second at a time; a second connection to
-        each shard is taken for so long. Outside of this order is what does not commit
-        through a ShardedSession, and what does so on one shard alone and has written
-        only to tables that are not sharded, only past the session (on its
+        milliseconds and at most two tenths of a second at a time; a second connection
+        to each shard is taken for so long. Outside of this order is what does not
+        commit through a ShardedSession, and what does so on one shard alone and has
+        written only to tables that are not sharded, only past the session (on its
         ``connection()``), or with ``resolve_commits=False``.
 
         Raises SnapshotUnavailable if a shard cannot be reached, or the timeout passes.
@@ -413,7 +426,7 @@ class Cluster:
         assert self._known is not None
         self._transactions.commit_alone(self._known, shard, connection)
 
-    def recover(self, *, grace: float = 60.0) -> RecoveryReport:
+    def recover(self, *, grace: float = 3.0) -> RecoveryReport:
         """Finish what crashed processes have left prepared.
 
         Looks at transactions of this cluster that were prepared over *grace* seconds
@@ -479,3 +492,12 @@ class Cluster:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _forked() -> None:
+    for cluster in list(_clusters):
+        cluster._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

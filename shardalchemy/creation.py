@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from shardalchemy.catalog import (
@@ -17,6 +18,7 @@ from shardalchemy.catalog import (
 )
 from shardalchemy.catalog.install import lock_catalog
 from shardalchemy.engine import fanout
+from shardalchemy.engine.wire import driver_of
 from shardalchemy.errors import ConfigurationError
 from shardalchemy.ring import allocate
 from shardalchemy.schema import Kind
@@ -46,12 +48,21 @@ def create_all(
     *commit* commits the connections of several shards together. Raises
     ConfigurationError where a server cannot be used, with nothing changed.
     """
-    connections = {name: engines.connect(name) for name in engines.shards}
-    try:
+    with ExitStack() as stack:
+        connections = {
+            name: stack.enter_context(engines.connect(name)) for name in engines.shards
+        }
         states: dict[str, ShardState] = {}
+        locked: dict[int, str] = {}
         for name in sorted(connections):
-            lock_catalog(connections[name])
-            states[name] = read_state(connections[name])
+            connection = connections[name]
+            if not lock_catalog(connection, locked):
+                raise ConfigurationError(
+                    f"shard {name} is the same database as one of"
+                    f" {', '.join(locked.values())}. Compare the URLs."
+                )
+            locked[driver_of(connection).info.backend_pid] = name
+            states[name] = read_state(connection)
         topology = agreed(states)
         is_new = topology is None
         topology = topology or _initial(states, shards)
@@ -76,9 +87,6 @@ def create_all(
             commit(topology, members)
         for connection in connections.values():
             connection.commit()
-    finally:
-        for connection in connections.values():
-            connection.close()
     return topology
 
 

@@ -46,7 +46,7 @@ class ConfigurationError(ShardAlchemyError, sa_exc.ArgumentError):
 
 
 class CatalogVersionError(ConfigurationError):
-    """A shard's catalog was written by a newer library than this one."""
+    """A shard's catalog was written by another version of this library."""
 
 
 class UnknownShardError(ShardAlchemyError, sa_exc.InvalidRequestError):

@@ -104,6 +104,9 @@ class SnapshotSession(ShardedSession):
         until = time.monotonic() + timeout
         topology = self._topology()
         snapshots = self._cluster._transactions.snapshots
+        if self._unseen:
+            for shard in topology.shards:
+                self._unseen.wait(shard, self._engines, self._cluster)
         while True:
             connections: dict[str, Connection] = {}
             try:
@@ -112,7 +115,7 @@ class SnapshotSession(ShardedSession):
                 snapshots.open(
                     topology,
                     connections,
-                    self._engines.connect,
+                    self._holder,
                     until=until,
                     strict=strict,
                 )
@@ -130,6 +133,12 @@ class SnapshotSession(ShardedSession):
         begun = SnapshotTransaction(self, SessionTransactionOrigin.AUTOBEGIN)
         begun.adopt(connections)
 
+    def _holder(self, shard: str) -> Connection:
+        """Open a second connection, to hold a gate with; a sync one out of no pool."""
+        if self._is_async:
+            return self._engines.connect(shard)
+        return self._cluster._shards.connect_in_background(shard)
+
     def _connected(self, shard: str) -> Connection:
         bind = self._engines.of(shard)
         if isinstance(bind, Connection):
@@ -139,10 +148,10 @@ class SnapshotSession(ShardedSession):
             )
         try:
             connection = bind.connect()
-        except sa_exc.OperationalError as error:
+        except (sa_exc.OperationalError, sa_exc.TimeoutError) as error:
             raise SnapshotUnavailable(
                 f"shard {shard} cannot be reached, and a snapshot is of all shards:"
-                f" {error.orig}"
+                f" {getattr(error, 'orig', error)}"
             ) from error
         options = getattr(self, "execution_options", None)
         if options:

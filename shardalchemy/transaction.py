@@ -20,11 +20,12 @@ from sqlalchemy.orm.session import (
 )
 from sqlalchemy.orm.state_changes import _StateChange, _StateChangeStates
 
-from shardalchemy.engine import attempt_all, end_of, fanout
+from shardalchemy.engine import attempt_all, ended, fanout
 from shardalchemy.engine.wire import (
     driver_of,
     in_failed_transaction,
     in_transaction,
+    is_lost,
     simple_query,
 )
 from shardalchemy.errors import TransactionAborted, TransactionFailed
@@ -114,10 +115,13 @@ class ShardedTransaction(_Routed):
                 return
         except BaseException:
             self._give_up_lost()
-            with self._expect_state(SessionTransactionState.CLOSED):
-                self.rollback()
+            try:
+                with self._expect_state(SessionTransactionState.CLOSED):
+                    self.rollback()
+            except Exception as error:  # it would take the place of what is to be told
+                logger.warning("a commit that failed is not rolled back: %s", error)
             raise
-        self._give_up_lost()
+        self._give_up_lost(hung_up=False)
 
     def close(self, invalidate: bool = False) -> None:
         """Close the transaction, and let others have the rows' turns."""
@@ -138,7 +142,10 @@ class ShardedTransaction(_Routed):
         SQLAlchemy goes from one to the next, and stops at the first error.
         """
         # Each connection is there twice: by itself, and by its engine.
-        if len(self._connections) <= 2:
+        if (
+            len(self._connections) <= 2
+            or self._state is SessionTransactionState.COMMITTED
+        ):
             return
         self._give_up_lost()
         connections = {
@@ -151,16 +158,22 @@ class ShardedTransaction(_Routed):
         )
         self._give_up_lost()
 
-    def _give_up_lost(self) -> None:
+    def _give_up_lost(self, *, hung_up: bool = True) -> None:
         """Leave connections that were lost out of what SQLAlchemy still has to end.
 
         The outcome is known by now; a COMMIT or ROLLBACK that cannot be sent would
-        hide it, and keep other shards from theirs.
+        hide it, and keep other shards from theirs. *hung_up* looks for those of which
+        the server has not been heard to have ended them.
         """
+        lost = ended(self._own_connections()) if hung_up else {}
         for key, (connection, transaction, ends, own) in list(
             self._connections.items()
         ):
-            if ends and end_of(connection) is not None:
+            if ends and (
+                connection.invalidated
+                or self.session._names.get(connection.engine) in lost
+                or is_lost(driver_of(connection))
+            ):
                 connection.invalidate()
                 self._connections[key] = (connection, transaction, False, own)
 
@@ -191,20 +204,16 @@ class ShardedTransaction(_Routed):
             or in_failed_transaction(driver_of(connection))
         ):
             return False
-        check_not_ended(shard, connection)
+        check_not_ended({shard: connection})
         self.session._commit_alone(shard, connection)
         return True
 
     def _commit_together(self, connections: Mapping[str, Connection]) -> None:
         # In the order of their names, so that transactions that meet meet in one order.
         connections = dict(sorted(connections.items()))
+        check_not_ended(connections)
         for shard, connection in connections.items():
-            check_not_ended(shard, connection)
-            if in_failed_transaction(driver_of(connection)):
-                raise TransactionAborted(
-                    f"a statement on shard {shard} has failed in this transaction; it"
-                    " cannot commit and it was rolled back on every shard."
-                )
+            _check_may_commit(shard, connection)
         written = self._written(connections)
         self.session._unpreparable.check(written)
         self.session._commit_began = True
@@ -248,7 +257,7 @@ def check_not_failed(session: ShardedSession, connection: Connection) -> None:
         if shard is None or other is connection:
             continue
         if other.invalidated:
-            check_not_ended(shard, other)
+            check_not_ended({shard: other})
         if in_failed_transaction(driver_of(other)):
             error = TransactionFailed(
                 None,
@@ -265,13 +274,21 @@ def check_not_failed(session: ShardedSession, connection: Connection) -> None:
             raise error
 
 
-def check_not_ended(shard: str, connection: Connection) -> None:
-    """Raise TransactionAborted if *shard* has ended the transaction's connection."""
-    reason = end_of(connection)
-    if reason is not None:
+def check_not_ended(connections: Mapping[str, Connection]) -> None:
+    """Raise TransactionAborted if a shard has ended the transaction's connection."""
+    for shard, reason in ended(connections).items():
         raise TransactionAborted(
             f"the connection to shard {shard} was lost in the middle of the transaction"
             f" ({reason}); it is rolled back on every shard. Run it again."
+        )
+
+
+def _check_may_commit(shard: str, connection: Connection) -> None:
+    """Raise TransactionAborted where the server would answer ROLLBACK to COMMIT."""
+    if in_failed_transaction(driver_of(connection)):
+        raise TransactionAborted(
+            f"a statement on shard {shard} has failed in this transaction; it cannot"
+            " commit and it was rolled back on every shard."
         )
 
 

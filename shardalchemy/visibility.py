@@ -65,7 +65,7 @@ class Unseen:
         self._made = {
             gid: done
             for gid, done in self._made.items()
-            if done is None or not done.done() or done.cancelled()
+            if done is None or not done.done() or done.exception() is not None
         }
         return _SEPARATOR.join(map(str, self._made)) or None
 
@@ -122,11 +122,10 @@ class Unseen:
             return False
         if not done.done():
             if is_async:
-                waited = asyncio.wrap_future(done)
-                await_only(asyncio.wait([waited], timeout=_TRUSTED))
+                await_only(asyncio.to_thread(wait, [done], timeout=_TRUSTED))
             else:
                 wait([done], timeout=_TRUSTED)
-        return done.done() and not done.cancelled()
+        return done.done() and done.exception() is None
 
     def _still_prepared(
         self, shard: str, gids: set[Gid], engines: Bindings, cluster: Cluster

@@ -13,6 +13,8 @@ from shardalchemy.catalog.topology import Topology
 from shardalchemy.errors import CatalogVersionError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sqlalchemy import Connection
 
 __all__ = [
@@ -27,6 +29,15 @@ CATALOG_VERSION = 2
 
 # Two processes that start at once would otherwise both find no schema and create it.
 _LOCK = text("SELECT pg_advisory_xact_lock(hashtext('shardalchemy.catalog'))")
+_HOLDER = text(
+    """
+    SELECT pid FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 1
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND (classid::bigint << 32 | objid::bigint)
+          = hashtext('shardalchemy.catalog')::bigint
+    """
+)
 _INSTALLED = text("SELECT to_regclass('shardalchemy.catalog') IS NOT NULL")
 _STATE = text(
     """
@@ -91,9 +102,15 @@ def read_state(connection: Connection) -> ShardState:
     return ShardState(prepared, version, row.version, row.cluster, row.shard, topology)
 
 
-def lock_catalog(connection: Connection) -> None:
-    """Wait until no other transaction changes this shard's catalog."""
+def lock_catalog(connection: Connection, own: Collection[int]) -> bool:
+    """Wait until no other transaction changes this shard's catalog.
+
+    Returns False, without waiting, if one of the *own* backends does.
+    """
+    if own and connection.scalar(_HOLDER) in own:
+        return False
     connection.execute(_LOCK)
+    return True
 
 
 def write_catalog(connection: Connection, cluster: str, shard: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PreparedHolder",
     "cancel",
+    "has_prepared",
     "publish",
     "published",
     "transactions_of",
@@ -64,6 +65,10 @@ LEFT JOIN LATERAL (
            l.objsubid)
 ) AS p ON true
 WHERE NOT l.granted
+"""
+
+_HAS_PREPARED = """
+SELECT EXISTS (SELECT FROM pg_prepared_xacts WHERE database = current_database())
 """
 
 # Looked at and cancelled in one statement: it still waits as it did in the deadlock.
@@ -125,6 +130,11 @@ def transactions_of(
     """
     rows = beside.ask(shard, _TRANSACTIONS, {"pids": list(pids)})
     return {Backend(shard, pid, since): waits for pid, since, waits in rows}
+
+
+def has_prepared(beside: Beside, shard: str) -> bool:
+    """Return whether a transaction is prepared there, and has what others want."""
+    return bool(beside.ask(shard, _HAS_PREPARED, {})[0][0])
 
 
 def waits_on(beside: Beside, shard: str) -> tuple[list[Wait], list[PreparedHolder]]:

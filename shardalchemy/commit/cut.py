@@ -59,10 +59,14 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Torn:
-    """A transaction that is visible on some of its shards and ``missing`` on others."""
+    """A transaction that is ``missing`` on some of its shards, or prepared on all.
+
+    In the latter case it ``is_shown`` by none: that it is decided has to be concluded.
+    """
 
     gid: str
     missing: tuple[str, ...]
+    is_shown: bool = True
 
 
 class Evidence:
@@ -148,7 +152,7 @@ class Evidence:
             if len(shards) == _count(gid) and all(
                 gid in self._prepared[s] and gid not in self._visible[s] for s in shards
             ):
-                found.append(Torn(gid, shards))
+                found.append(Torn(gid, shards, is_shown=False))
         return sorted(found, key=lambda torn: torn.gid)
 
     def _participants(self, gid: str) -> tuple[str, ...]:

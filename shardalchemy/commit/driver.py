@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import psycopg
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
@@ -16,13 +17,13 @@ from shardalchemy.commit.gate import SHARED
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Coordinator, Decision, Reply, Request
 from shardalchemy.commit.refusals import explained
+from shardalchemy.commit.settling import settled
 from shardalchemy.engine import broadcast
 from shardalchemy.engine.wire import driver_of, is_lost, simple_query
 from shardalchemy.errors import CommitOutcomeUnknown, TransactionAborted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from concurrent.futures import Future
 
     from sqlalchemy import Connection
 
@@ -50,6 +51,7 @@ _COMMANDS = {
 }
 _COMMIT_ALONE = _MARKER + "; COMMIT"
 
+_REPEATED_FOR = 5.0  # seconds
 _FORGOTTEN_AFTER = 30.0
 """Seconds after which finding no marker is no proof that a commit did not happen.
 
@@ -61,7 +63,7 @@ Half of what `housekeeping` leaves others' markers for.
 class Commit:
     """A commit over several shards that is decided.
 
-    ``done`` has a result once every shard has carried it out, None if all have.
+    ``done`` has a result once every shard has carried it out; None if all have.
     """
 
     gid: Gid
@@ -100,35 +102,44 @@ class CommitDriver:
         began = time.monotonic()
         gid = Gid.new(cluster, (numbers[shard] for shard in connections))
         branches = {shard: gid.on(numbers[shard]) for shard in connections}
+        is_async = next(iter(connections.values())).dialect.is_async
         machine = Coordinator.of(connections)
-        replies, errors = _prepare(gid, branches, connections)
+        try:
+            replies, errors = _prepare(gid, branches, connections)
+        except BaseException:
+            # A Ctrl-C, or a cancelled task: nobody is left here to decide.
+            self._resolve_beside(gid)
+            raise
         machine = machine.after(replies)
         decision = machine.decision
         if decision is Decision.RECOVER:
             lost = [s for s, reply in replies.items() if reply is Reply.LOST]
-            is_async = next(iter(connections.values())).dialect.is_async
-            self._recover(gid, lost, errors[lost[0]], began, is_async=is_async)
+            cause = errors[lost[0]]
+            told = self._recover(gid, lost, cause, began, is_async=is_async)
+            left = {} if told else branches
         elif decision is Decision.COMMIT and ack == "prepared":
-            done = self._finisher.commit(gid, branches, marked=branches)
-            self._counters.add(f"commits.{len(connections)}")
-            return Commit(gid, done)
+            left = branches
         else:
             machine = machine.after(_settle(machine.requests, branches, connections))
             left = {shard: branches[shard] for shard in machine.requests}
             if decision is Decision.ABORT:
                 self._counters.add("aborts")
+                # One whose reply was lost may have prepared, and never can commit.
+                left |= {s: branches[s] for s, r in replies.items() if r is Reply.LOST}
                 if left:
                     self._finisher.roll_back(gid, left)
                 raise next(errors[s] for s, r in replies.items() if r is Reply.REFUSED)
-            if left:
-                # It is committed all the same: every participant has promised. Until
-                # the last has kept it, the markers of the others are its only proof.
-                logger.warning("%s: COMMIT PREPARED is repeated on %s", gid, [*left])
-                self._finisher.commit(gid, left, marked=branches)
-            else:
-                self._finisher.forget(gid, branches)
         self._counters.add(f"commits.{len(connections)}")
-        return Commit(gid, None)
+        if not left:
+            self._finisher.forget(gid, branches)
+            return Commit(gid, None)
+        # It is committed: every participant has promised. Until the last has kept it,
+        # the markers of the others are its only proof.
+        done = self._finisher.commit(gid, left, marked=branches)
+        if ack == "committed":
+            logger.warning("%s: COMMIT PREPARED is repeated on %s", gid, [*left])
+            _wait_for(done, is_async=is_async)
+        return Commit(gid, done)
 
     def commit_alone(
         self, cluster: str, number: int, shard: str, connection: Connection
@@ -147,7 +158,7 @@ class CommitDriver:
         except sa_exc.DBAPIError as error:
             if not is_lost(driver_of(connection)):
                 self._counters.add("aborts")
-                raise _explained(error, shard) from error
+                raise explained(shard, connection, gid, error) from error
             is_async = connection.dialect.is_async
             self._recover(gid, [shard], error, began, is_async=is_async)
         else:
@@ -160,6 +171,14 @@ class CommitDriver:
         self._finisher.forget_alone(gid, shard)
         self._counters.add("commits.1")
 
+    def _resolve_beside(self, gid: Gid) -> None:
+        threading.Thread(
+            target=self._recovery.resolve,
+            args=(gid,),
+            name="shardalchemy-resolve",
+            daemon=True,
+        ).start()
+
     def _recover(
         self,
         gid: Gid,
@@ -168,18 +187,22 @@ class CommitDriver:
         began: float,
         *,
         is_async: bool,
-    ) -> None:
-        """Return if *gid* has committed; raise what the caller is to hear otherwise."""
+    ) -> bool:
+        """Return if *gid* has committed; raise what the caller is to hear otherwise.
+
+        What is returned is whether every shard has carried it out.
+        """
         # It waits in ordinary ways, so an event loop has to be let go meanwhile.
-        outcome = (
-            await_only(asyncio.to_thread(self._recovery.resolve, gid))
+        found = (
+            await_only(asyncio.to_thread(self._recovery.conclude, gid))
             if is_async
-            else self._recovery.resolve(gid)
+            else self._recovery.conclude(gid)
         )
+        outcome = found.decision
         self._counters.add("lost_replies")
         where = f"the connection to shard {', '.join(lost)} was lost while it committed"
         if outcome is Decision.COMMIT:
-            return
+            return found.is_finished
         late = time.monotonic() - began > _FORGOTTEN_AFTER
         if outcome is Decision.ABORT and not late:
             self._counters.add("aborts")
@@ -198,6 +221,14 @@ class CommitDriver:
             " everywhere or rolled back everywhere. Do not repeat it before looking.",
             str(gid),
         ) from cause
+
+
+def _wait_for(done: Future[None], *, is_async: bool) -> None:
+    """Wait for a second step that has failed once, but not for a shard that is away."""
+    if is_async:
+        await_only(asyncio.to_thread(wait, [done], _REPEATED_FOR))
+    else:
+        wait([done], _REPEATED_FOR)
 
 
 def _prepare(
@@ -226,8 +257,7 @@ def _prepare(
             gone = is_lost(driver_of(connections[shard]))
             certain = isinstance(outcome, sa_exc.DBAPIError) and not gone
             replies[shard] = Reply.REFUSED if certain else Reply.LOST
-            refusal = _explained(outcome, shard)
-            errors[shard] = explained(shard, connections[shard], gid, refusal)
+            errors[shard] = explained(shard, connections[shard], gid, outcome)
         elif outcome[-1] != "PREPARE TRANSACTION":
             # A transaction that has failed answers ROLLBACK, without an error.
             replies[shard] = Reply.REFUSED
@@ -254,24 +284,8 @@ def _settle(
         for shard, request in requests.items()
     }
     outcomes = broadcast({s: connections[s] for s in commands}, commands)
-    return {
-        shard: Reply.DONE
-        if not isinstance(outcome, Exception)
-        or isinstance(getattr(outcome, "orig", None), psycopg.errors.UndefinedObject)
-        else Reply.LOST
+    heard = {
+        shard: settled(outcome) if isinstance(outcome, Exception) else Reply.DONE
         for shard, outcome in outcomes.items()
     }
-
-
-def _explained(error: Exception, shard: str) -> Exception:
-    """Return the error of a refused commit as the caller is to see it."""
-    origin = getattr(error, "orig", None)
-    if (
-        isinstance(origin, psycopg.errors.UniqueViolation)
-        and origin.diag.schema_name == "shardalchemy"
-    ):
-        return TransactionAborted(
-            f"the commit took so long to reach shard {shard} that recovery, which found"
-            " it half prepared, has rolled it back on every shard. Run it again."
-        )
-    return error
+    return {s: Reply.LOST if r is Reply.REFUSED else r for s, r in heard.items()}

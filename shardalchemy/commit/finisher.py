@@ -9,24 +9,26 @@ and `housekeeping` deletes the markers.
 
 from __future__ import annotations
 
+import atexit
 import logging
-import os
 import queue
-import threading
 import time
+import weakref
 from collections import defaultdict, deque
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-import psycopg
 from sqlalchemy import exc as sa_exc
 
-from shardalchemy.engine import attempt_all
-from shardalchemy.engine.wire import driver_of, is_lost, simple_query
+from shardalchemy.commit.protocol import Reply
+from shardalchemy.commit.settling import settled
+from shardalchemy.engine import Background, Visits, kept_if_sound
+from shardalchemy.engine.wire import simple_query
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterable, Mapping
 
     from sqlalchemy import Connection
@@ -44,7 +46,9 @@ From when it is known to have committed everywhere. Snapshots rely on it.
 logger = logging.getLogger(__name__)
 
 _BATCH = 500
+_PATIENCE = 5.0  # seconds for which a visit to a shard is waited for
 _GIVE_UP = 300.0  # seconds
+_ENDING = 10.0  # seconds that a close waits for the thread
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 _FORGET_EVERY = 1.0  # seconds
 _VACUUM_AFTER = 20_000  # markers deleted on one shard
@@ -70,9 +74,19 @@ class _Work:
     gid: Gid
     command: str
     branches: dict[str, str]
-    done: Future[None] = field(default_factory=Future)
-    since: float = field(default_factory=time.monotonic)
     marker_on: tuple[str, ...] = ()
+    since: float = field(default_factory=time.monotonic)
+    done: Future[None] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        # From here on nobody who waits for it can cancel it.
+        self.done.set_running_or_notify_cancel()
+
+    def leave(self) -> None:
+        """Leave what is not done to recovery."""
+        shards = ", ".join(self.branches)
+        logger.warning("%s is left to recovery on %s", self.gid, shards)
+        self.done.set_exception(TimeoutError(f"{self.gid} has not reached {shards}"))
 
 
 class Finisher:
@@ -80,26 +94,25 @@ class Finisher:
 
     def __init__(self, connect: Callable[[str], Connection]) -> None:
         self._connect = connect
-        self._lock = threading.Lock()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._queue: _Queue = queue.SimpleQueue()
         self._markers: deque[tuple[float, Gid, tuple[str, ...]]] = deque()
         self._lone: deque[tuple[Gid, str]] = deque()
         self._deleted: defaultdict[str, int] = defaultdict(int)
-        self._thread: threading.Thread | None = None
-        self._process = os.getpid()
+        self._visits = Visits()
+        self._thread = Background(
+            "shardalchemy-finisher", partial(_run, weakref.ref(self), self._queue)
+        )
+        _finishers.add(self)
 
     def commit(
         self, gid: Gid, branches: Mapping[str, str], *, marked: Iterable[str]
     ) -> Future[None]:
         """Commit what is prepared; the result is done when every shard has.
 
-        *marked* are the shards with the transaction's markers, to be deleted after it.
+        It has an exception if that was left to recovery. *marked* are the shards with
+        the transaction's markers, to be deleted after it.
         """
-        work = _Work(gid, "COMMIT", dict(branches), marker_on=tuple(marked))
-        return self._put(work)
+        return self._put(_Work(gid, "COMMIT", dict(branches), tuple(marked)))
 
     def roll_back(self, gid: Gid, branches: Mapping[str, str]) -> Future[None]:
         """Roll back what is prepared."""
@@ -107,93 +120,50 @@ class Finisher:
 
     def forget(self, gid: Gid, shards: Iterable[str]) -> None:
         """Delete the markers of a transaction over several shards, in time."""
-        self._started()
+        self._thread.start()
         self._markers.append((time.monotonic(), gid, tuple(shards)))
 
     def forget_alone(self, gid: Gid, shard: str) -> None:
         """Delete the marker of a transaction on one shard, whose outcome is known."""
-        self._started()
+        self._thread.start()
         self._lone.append((gid, shard))
 
     def close(self) -> None:
-        """Finish what is queued, delete markers that are old, and end the thread."""
-        with self._lock:
-            thread = self._thread
-            self._thread = None
-        if thread is not None and self._process == os.getpid():
-            self._queue.put(None)
-            thread.join()
+        """Finish what is queued, delete the markers that are due, and end the thread.
+
+        What a server that hangs holds up for too long is left to recovery.
+        """
+        self._thread.close(_ENDING, wake=lambda: self._queue.put(None))
 
     def _put(self, work: _Work) -> Future[None]:
-        self._started()
         self._queue.put(work)
+        self._thread.start()
         return work.done
 
-    def _started(self) -> None:
-        if self._thread is not None and self._process == os.getpid():
-            return
-        with self._lock:
-            if self._process != os.getpid():
-                self._reset()  # a fork has the queue, but not the thread
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="shardalchemy-finisher", daemon=True
-                )
-                self._thread.start()
+    # -- in the thread -----------------------------------------------------------------
 
-    def _run(self) -> None:
-        ending = False
-        waiting: list[_Work] = []
-        pause = _SHORTEST_PAUSE
-        forgot_at = time.monotonic()
-        while not ending:
-            works, ending = self._next(wait=pause if waiting else _FORGET_EVERY)
-            waiting = self._finish(waiting + works) if waiting or works else []
-            pause = min(pause * 2, _LONGEST_PAUSE) if waiting else _SHORTEST_PAUSE
-            now = time.monotonic()
-            if now - forgot_at >= _FORGET_EVERY:
-                forgot_at = now
-                self._forget(now - RETENTION)
-        for work in waiting:
-            logger.warning("%s is left to recovery on %s", work.gid, [*work.branches])
-            work.done.cancel()
-        # Other processes' snapshots may need the younger ones: `housekeeping` has them.
-        self._forget(time.monotonic() - RETENTION)
-
-    def _next(self, wait: float) -> tuple[list[_Work], bool]:
-        works: list[_Work] = []
-        try:
-            item = self._queue.get(timeout=wait)
-            while item is not None:
-                works.append(item)
-                if len(works) == _BATCH:
-                    return works, False
-                item = self._queue.get_nowait()
-        except queue.Empty:
-            return works, False
-        return works, True
-
-    def _finish(self, works: list[_Work]) -> list[_Work]:
+    def finish(self, works: list[_Work]) -> list[_Work]:
         """Carry out a batch; return what has to be tried again."""
         by_shard: defaultdict[str, list[_Work]] = defaultdict(list)
         for work in works:
             for shard in work.branches:
                 by_shard[shard].append(work)
+        told: defaultdict[str, list[_Work]] = defaultdict(list)
 
         def settle(shard: str, connection: Connection) -> None:
             for work in by_shard[shard]:
-                branch = work.branches[shard]
+                sql = _SETTLE.format(command=work.command, branch=work.branches[shard])
                 try:
-                    simple_query(
-                        connection, _SETTLE.format(command=work.command, branch=branch)
-                    )
+                    simple_query(connection, sql)
                 except sa_exc.DBAPIError as error:
-                    # Where another has done it, the name is not to be found.
-                    if not isinstance(error.orig, psycopg.errors.UndefinedObject):
+                    if settled(error) is not Reply.DONE:
                         raise
-                del work.branches[shard]
+                told[shard].append(work)
 
         self._visit(settle, by_shard)
+        for shard, done in told.items():
+            for work in list(done):
+                work.branches.pop(shard, None)
         again = []
         for work in works:
             if not work.branches:
@@ -203,36 +173,10 @@ class Finisher:
             elif time.monotonic() - work.since < _GIVE_UP:
                 again.append(work)
             else:
-                shards = [*work.branches]
-                logger.warning("%s is left to recovery on %s", work.gid, shards)
-                work.done.cancel()
+                work.leave()
         return again
 
-    def _visit(
-        self, step: Callable[[str, Connection], None], shards: Iterable[str]
-    ) -> set[str]:
-        """Run a step on every shard at once; return where it was done."""
-        with ExitStack() as stack:
-            connections: dict[str, Connection] = {}
-            for shard in shards:
-                try:
-                    connection = self._connect(shard)
-                except sa_exc.SQLAlchemyError as error:
-                    logger.warning("shard %s is not to be reached: %s", shard, error)
-                else:
-                    connections[shard] = stack.enter_context(connection)
-            outcomes = attempt_all(step, connections)
-            done = set()
-            for shard, outcome in outcomes.items():
-                if isinstance(outcome, Exception):
-                    logger.warning("shard %s: %s", shard, outcome)
-                    if is_lost(driver_of(connections[shard])):
-                        connections[shard].invalidate()
-                else:
-                    done.add(shard)
-            return done
-
-    def _forget(self, older_than: float) -> None:
+    def forget_until(self, older_than: float) -> None:
         """Delete the markers of transactions that were finished before a time."""
         by_shard: defaultdict[str, list[Gid]] = defaultdict(list)
         while self._markers and self._markers[0][0] <= older_than:
@@ -257,3 +201,75 @@ class Finisher:
 
         # What stays where it failed is left to housekeeping.
         self._visit(delete, by_shard)
+
+    def _visit(
+        self, step: Callable[[str, Connection], None], shards: Iterable[str]
+    ) -> None:
+        """Run a step on every shard at once; one that hangs holds up no other."""
+
+        def visit(shard: str) -> None:
+            with kept_if_sound(self._connect(shard)) as connection:
+                step(shard, connection)
+
+        answers = self._visits.at_once(visit, shards, time.monotonic() + _PATIENCE)
+        for shard, answer in answers.items():
+            if isinstance(answer, Exception):
+                logger.warning("shard %s: %s", shard, answer)
+
+
+_Queue = queue.SimpleQueue[_Work | None]
+
+_finishers: weakref.WeakSet[Finisher] = weakref.WeakSet()
+
+
+def _run(
+    finisher: weakref.ref[Finisher], works: _Queue, ending: threading.Event
+) -> None:
+    """Do what is queued, until it is to end and nothing is; a `Finisher`'s thread."""
+    waiting: list[_Work] = []
+    pause = _SHORTEST_PAUSE
+    forgot_at = time.monotonic()
+    is_last = False
+    while not is_last:
+        waiting += _next(works, wait=pause if waiting else _FORGET_EVERY)
+        is_last = ending.is_set() and works.empty()
+        present = finisher()
+        if present is None:
+            break
+        try:
+            if waiting:
+                waiting = present.finish(waiting)
+            now = time.monotonic()
+            if is_last or now - forgot_at >= _FORGET_EVERY:
+                forgot_at = now
+                # Younger ones are still needed by snapshots: at the end they are left
+                # to housekeeping.
+                present.forget_until(now - RETENTION)
+        except Exception:
+            logger.exception("commits are finished on after an error")
+        pause = min(pause * 2, _LONGEST_PAUSE) if waiting else _SHORTEST_PAUSE
+        del present
+    for work in waiting:
+        work.leave()
+
+
+def _next(works: _Queue, wait: float) -> list[_Work]:
+    """Return what is queued, up to a batch of it; None only wakes who waits."""
+    found: list[_Work] = []
+    try:
+        item = works.get(timeout=wait)
+        while True:
+            if item is not None:
+                found.append(item)
+            if len(found) == _BATCH:
+                return found
+            item = works.get_nowait()
+    except queue.Empty:
+        return found
+
+
+@atexit.register
+def _close_all() -> None:
+    """Finish what was acknowledged before the interpreter ends, if servers let it."""
+    for finisher in list(_finishers):
+        finisher.close()

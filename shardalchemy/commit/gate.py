@@ -14,6 +14,7 @@ and shown as well; or, acknowledged when it was prepared, it is prepared everywh
 
 from __future__ import annotations
 
+import random
 import time
 from typing import TYPE_CHECKING
 
@@ -34,16 +35,24 @@ SHARED = "pg_advisory_xact_lock_shared(1936220524, 1)"
 """What a transaction calls before it commits, on each shard that it has written on."""
 
 PATIENCE = 0.1
-"""Seconds after which a gate opens by itself, for those who wait behind it."""
+"""Seconds for which a gate is asked for, and for which it stays shut, at most."""
 
+# The server opens the gate by itself, whatever becomes of who has shut it. A lock of a
+# random number says whose request it is: what the driver takes for the number of its
+# server process is a pooler's where there is one in between.
 _SHUT = (
     f"BEGIN; SET LOCAL lock_timeout = {PATIENCE * 1000:.0f};"
-    " SELECT pg_advisory_xact_lock(1936220524, 1)"
+    " SELECT pg_advisory_xact_lock(1936220525, {mine});"
+    " SELECT pg_advisory_xact_lock(1936220524, 1);"
+    f" SELECT pg_sleep({PATIENCE}); COMMIT"
 )
-_STATE = (
-    "SELECT granted FROM pg_locks WHERE locktype = 'advisory'"
-    " AND classid = 1936220524 AND objid = 1 AND pid = {pid}"
-)
+_STATE = """
+    SELECT gate.granted, gate.pid
+    FROM pg_locks AS gate JOIN pg_locks AS mine USING (pid)
+    WHERE gate.locktype = 'advisory' AND mine.locktype = 'advisory'
+      AND gate.classid = 1936220524 AND gate.objid = 1
+      AND mine.classid = 1936220525 AND mine.objid = {mine}
+"""
 _CANCEL = "SELECT pg_cancel_backend({pid})"
 _ANSWER = 1.0  # seconds for what is cancelled to end
 
@@ -65,12 +74,12 @@ class Gate:
         self._watchers = watchers
         self._until = until
         self._asked: set[str] = set()
-        self._pids = {s: driver_of(c).info.backend_pid for s, c in holders.items()}
+        self._mine = random.getrandbits(31)
 
     def shut(self) -> None:
         """Ask for all gates; they are shut in a moment, and for `PATIENCE` at most."""
         for shard, holder in self._holders.items():
-            send(holder, _SHUT)
+            send(holder, _SHUT.format(mine=self._mine))
             self._asked.add(shard)
 
     def is_shut(self) -> bool:
@@ -82,8 +91,8 @@ class Gate:
         if not self._asked:
             return
         asked = {s: c for s, c in self._holders.items() if s in self._asked}
-        waiting = {s for s, granted in self._states().items() if not granted}
-        self._ask({s: _CANCEL.format(pid=self._pids[s]) for s in waiting})
+        pids = {shard: pid for shard, (_, pid) in self._states().items()}
+        self._ask({s: _CANCEL.format(pid=pid) for s, pid in pids.items()})
         # Where the watcher could not cancel it, the request ends by its own timeout.
         until = time.monotonic() + _ANSWER
         broadcast(asked, dict.fromkeys(asked), until=until)
@@ -93,11 +102,12 @@ class Gate:
             broadcast(asked, dict.fromkeys(asked, "ROLLBACK"), until=until)
         self._asked.clear()
 
-    def _states(self) -> dict[str, bool]:
-        """Return by shard whether the request is granted, where there is one."""
-        commands = {s: _STATE.format(pid=pid) for s, pid in self._pids.items()}
+    def _states(self) -> dict[str, tuple[bool, str | None]]:
+        """Return by shard, where there is a request, if it is granted, and whose."""
+        state = _STATE.format(mine=self._mine)
+        commands = dict.fromkeys(self._holders, state)
         return {
-            shard: rows[0][0] == "t"
+            shard: (rows[0][0] == "t", rows[0][1])
             for shard, rows in self._ask(commands).items()
             if rows
         }

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, TypeVar
 from sqlalchemy import exc as sa_exc
 
 from shardalchemy.commit.gid import Gid
-from shardalchemy.engine.wire import driver_of, is_lost, simple_query, simple_rows
+from shardalchemy.engine import kept_if_sound
+from shardalchemy.engine.wire import simple_query, simple_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -141,12 +142,8 @@ class Housekeeping:
 
     def _on(self, shard: str, do: Callable[[Connection], list[T]]) -> list[T] | None:
         try:
-            with self._connect(shard) as connection:
-                try:
-                    return do(connection)
-                finally:
-                    if is_lost(driver_of(connection)):
-                        connection.invalidate()
+            with kept_if_sound(self._connect(shard)) as connection:
+                return do(connection)
         except sa_exc.SQLAlchemyError as error:
             logger.info("shard %s is left as it is: %s", shard, error)
             return None

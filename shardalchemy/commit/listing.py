@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from shardalchemy.commit.gid import Gid
-from shardalchemy.commit.recovery import Visits
+from shardalchemy.engine import Visits
 from shardalchemy.engine.wire import driver_of, is_lost, simple_rows
 
 if TYPE_CHECKING:

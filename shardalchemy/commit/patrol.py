@@ -1,4 +1,4 @@
-"""Recovery and housekeeping in the background of every process that opens a cluster.
+"""Recovery and housekeeping in the background of every process that uses a cluster.
 
 One thread a cluster. It looks at every shard each `INTERVAL` seconds, half as much or
 twice as much by chance, so that many processes do not look at the same moment; at a
@@ -8,13 +8,16 @@ shard where it finds something, an advisory lock lets one process work at a time
 from __future__ import annotations
 
 import logging
-import os
 import random
-import threading
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
 
+from shardalchemy.engine import Background
+
 if TYPE_CHECKING:
+    import threading
+
     from shardalchemy.commit.transactions import Transactions
 
 __all__ = ["GRACE", "INTERVAL", "Patrol"]
@@ -34,36 +37,17 @@ class Patrol:
     """Goes round for *transactions*, which it does not keep alive, until `close`."""
 
     def __init__(self, transactions: Transactions) -> None:
-        self._transactions = weakref.ref(transactions)
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._process = 0
+        self._thread = Background(
+            "shardalchemy-recovery", partial(_go_round, weakref.ref(transactions))
+        )
 
     def start(self) -> None:
-        """Start the thread, if it does not run in this process."""
-        if self._process == os.getpid():
-            return
-        with self._lock:
-            if self._process != os.getpid():
-                self._process = os.getpid()
-                self._ended = threading.Event()
-                self._thread = threading.Thread(
-                    target=_go_round,
-                    args=(self._transactions, self._ended),
-                    name="shardalchemy-recovery",
-                    daemon=True,
-                )
-                self._thread.start()
+        """Start the thread, if it does not run."""
+        self._thread.start()
 
     def close(self) -> None:
         """End the thread; one that waits for a server that hangs is left behind."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-            process, self._process = self._process, 0
-        if process == os.getpid() and thread is not None:
-            self._ended.set()
-            thread.join(1.0)
+        self._thread.close(1.0)
 
 
 def _go_round(transactions: weakref.ref[Transactions], ended: threading.Event) -> None:

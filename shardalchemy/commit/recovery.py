@@ -14,31 +14,30 @@ so that a server which accepts connections and says nothing holds up no other.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import psycopg
 from sqlalchemy import exc as sa_exc
 
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Decision, Recoverer, Reply, Request
+from shardalchemy.commit.settling import settled
+from shardalchemy.engine import Visits, kept_if_sound
 from shardalchemy.engine.wire import driver_of, is_lost, simple_query, simple_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from sqlalchemy import Connection
 
     from shardalchemy.catalog import Topology
     from shardalchemy.commit.counters import Counters
 
-__all__ = ["Recovery", "RecoveryReport", "Visits"]
-
-T = TypeVar("T")
+__all__ = ["Recovery", "RecoveryReport"]
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class Recovery:
         deadline = time.monotonic() + self._patience
 
         def look(shard: str) -> list[Gid]:
-            with self._connection(shard) as connection:
+            with kept_if_sound(self._connect(shard)) as connection:
                 found = [
                     Gid.parse(gid or "") for (gid,) in simple_rows(connection, sql)
                 ]
@@ -157,7 +156,11 @@ class Recovery:
 
         A participant that is out of reach by then is told when somebody recovers again.
         """
-        return self._resolve_all([gid])[gid].decision or Decision.RECOVER
+        return self.conclude(gid).decision or Decision.RECOVER
+
+    def conclude(self, gid: Gid) -> Recoverer:
+        """Do the same; return what was seen of each participant as well."""
+        return self._resolve_all([gid])[gid]
 
     def _resolve_all(self, gids: Iterable[Gid]) -> dict[Gid, Recoverer]:
         gids = list(gids)
@@ -183,7 +186,7 @@ class Recovery:
             def visit(
                 shard: str, wanted: Mapping[str, dict[Gid, Request]] = wanted
             ) -> dict[Gid, Reply]:
-                with self._connection(shard) as connection:
+                with kept_if_sound(self._connect(shard)) as connection:
                     return _ask(connection, numbers[shard], wanted[shard])
 
             answers = self._visits.at_once(visit, wanted, deadline)
@@ -207,22 +210,12 @@ class Recovery:
     def _is_alone(self, shard: str, stack: ExitStack) -> bool:
         """Keep other processes from recovering at *shard* until *stack* is closed."""
         try:
-            connection = stack.enter_context(self._connection(shard))
+            connection = stack.enter_context(kept_if_sound(self._connect(shard)))
             ((got,),) = simple_rows(connection, _ALONE)
             stack.callback(_ended, connection)
         except sa_exc.DBAPIError:
             return False
         return got == "t"
-
-    @contextmanager
-    def _connection(self, shard: str) -> Iterator[Connection]:
-        with self._connect(shard) as connection:
-            try:
-                yield connection
-            finally:
-                # One that was lost must not go back to the pool, nor be rolled back.
-                if not connection.invalidated and is_lost(driver_of(connection)):
-                    connection.invalidate()
 
 
 def _by_shard(
@@ -290,51 +283,11 @@ def _settle(connection: Connection, branch: str, request: Request) -> Reply:
     try:
         simple_query(connection, f"{command} PREPARED '{branch}'")
     except sa_exc.DBAPIError as error:
-        if isinstance(error.orig, psycopg.errors.UndefinedObject):
-            return Reply.DONE  # another has done it
-        if isinstance(error.orig, psycopg.errors.ObjectInUse):
-            return Reply.LOST  # another is doing it
+        reply = settled(error)
+        if reply is Reply.REFUSED:
+            logger.warning("%s PREPARED '%s' is refused: %s", command, branch, error)
+            return Reply.UNREACHABLE
         if is_lost(driver_of(connection)):
             raise
-        logger.warning("%s PREPARED '%s' is refused: %s", command, branch, error.orig)
-        return Reply.UNREACHABLE
+        return reply
     return Reply.DONE
-
-
-class Visits:
-    """Visits to several shards at once, each in a thread, none waited for too long.
-
-    A shard whose last visit is still under way when it was given up is not visited
-    again before that has ended: a server that hangs costs one thread, one connection.
-    """
-
-    def __init__(self) -> None:
-        self._given_up: dict[str, threading.Thread] = {}
-
-    def at_once(
-        self, visit: Callable[[str], T], shards: Iterable[str], deadline: float
-    ) -> dict[str, T | Exception]:
-        """Call ``visit(shard)`` for all; an error is an answer, lateness an error."""
-        answers: dict[str, T | Exception] = {}
-
-        def run(shard: str) -> None:
-            try:
-                answers[shard] = visit(shard)
-            except Exception as error:
-                answers[shard] = error
-
-        threads: dict[str, threading.Thread] = {}
-        asked = list(shards)
-        for shard in asked:
-            before = self._given_up.get(shard)
-            if before is None or not before.is_alive():
-                threads[shard] = threading.Thread(
-                    target=run, args=(shard,), name="shardalchemy-visit", daemon=True
-                )
-                threads[shard].start()
-        for shard, thread in threads.items():
-            thread.join(max(0.05, deadline - time.monotonic()))
-            if thread.is_alive():
-                self._given_up[shard] = thread
-        late = TimeoutError("it does not answer")
-        return {shard: answers.get(shard, late) for shard in asked}

@@ -15,7 +15,11 @@ from sqlalchemy import exc as sa_exc
 
 from shardalchemy.commit.gid import Gid
 from shardalchemy.engine.wire import driver_of, in_failed_transaction, simple_rows
-from shardalchemy.errors import PreparedSlotsExhausted, UnsupportedQueryError
+from shardalchemy.errors import (
+    PreparedSlotsExhausted,
+    TransactionAborted,
+    UnsupportedQueryError,
+)
 from shardalchemy.obstacles import refused_by
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ SELECT gid, database, owner, extract(epoch FROM clock_timestamp() - prepared)::b
 def explained(
     shard: str, connection: Connection, gid: Gid, error: Exception
 ) -> Exception:
-    """Return what to raise for *shard*'s refusal to prepare *gid*.
+    """Return what to raise for *shard*'s refusal to commit or prepare *gid*.
 
     That is *error* itself where it says all there is to say.
     """
@@ -43,7 +47,16 @@ def explained(
     if not isinstance(orig, psycopg.Error):
         return error
     function = orig.diag.source_function
-    if isinstance(orig, psycopg.errors.FeatureNotSupported):
+    if (
+        isinstance(orig, psycopg.errors.UniqueViolation)
+        and orig.diag.schema_name == "shardalchemy"
+    ):
+        # A tombstone stands there.
+        found = TransactionAborted(
+            f"the commit took so long to reach shard {shard} that recovery, which found"
+            " it half prepared, has rolled it back on every shard. Run it again."
+        )
+    elif isinstance(orig, psycopg.errors.FeatureNotSupported):
         obstacle = refused_by(function, str(orig))
         if obstacle is not None:
             found = UnsupportedQueryError(

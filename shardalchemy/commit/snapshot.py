@@ -23,6 +23,9 @@ from sqlalchemy.util import await_only
 from shardalchemy.commit import finisher
 from shardalchemy.commit.cut import Base, Evidence
 from shardalchemy.commit.gate import PATIENCE, Gate
+from shardalchemy.commit.gid import Gid
+from shardalchemy.commit.protocol import Reply
+from shardalchemy.commit.settling import settled
 from shardalchemy.engine import ask_all, broadcast
 from shardalchemy.engine.wire import driver_of, in_transaction, is_lost
 from shardalchemy.errors import SnapshotUnavailable
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from shardalchemy.catalog import Topology
     from shardalchemy.commit.counters import Counters
     from shardalchemy.commit.cut import Torn
+    from shardalchemy.commit.recovery import Recovery
     from shardalchemy.engine.broadcast import Rows
 
 __all__ = ["Snapshots"]
@@ -64,12 +68,6 @@ _VISIBLE = (
 _NAMES = re.compile(r"sa1:[0-9a-f:]+(?:/\d+)?(?: sa1:[0-9a-f:]+(?:/\d+)?)*")
 
 _COMMIT_PREPARED = "COMMIT PREPARED '{gid}/{number}'"
-_LEFT_TO_OTHERS = (
-    psycopg.errors.UndefinedObject,  # done
-    psycopg.errors.ObjectNotInPrerequisiteState,  # busy
-    psycopg.errors.ObjectInUse,
-    psycopg.errors.InsufficientPrivilege,
-)
 
 _BASE_IS_RECENT = 0.25
 """Seconds for which an accepted cut is the base of the next.
@@ -83,10 +81,14 @@ _SHORTEST_PAUSE = 0.001
 _GATE_PAUSE, _LONGEST_GATE_PAUSE = 0.02, 0.2
 
 # The marker of a transaction that is prepared keeps another one from coming in until it
-# is decided there. One that has none any more leaves nothing either.
-_BEGIN_WAIT = f"BEGIN READ WRITE; SET LOCAL lock_timeout = {_HELP_AFTER * 1000:.0f}; "
+# has committed there. Of what has none, nothing stays either. The xid is given, lest
+# its default has this transaction take one.
+_BEGIN_WAIT = (
+    "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;"
+    f" SET LOCAL lock_timeout = {_HELP_AFTER * 1000:.0f}; "
+)
 _WAIT = (
-    "INSERT INTO shardalchemy.txn (gid, outcome) VALUES ('{gid}', 'aborted')"
+    "INSERT INTO shardalchemy.txn (gid, outcome, xid) VALUES ('{gid}', 'aborted', '0')"
     " ON CONFLICT (gid) DO NOTHING; "
 )
 _LAPSED = (
@@ -98,8 +100,9 @@ _LAPSED = (
 class Snapshots:
     """Opens snapshots of one cluster; the last one is the base of the next."""
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Counters, recovery: Recovery) -> None:
         self._counters = counters
+        self._recovery = recovery
         self._last: Base | None = None
 
     def open(
@@ -118,18 +121,18 @@ class Snapshots:
         Raises SnapshotUnavailable, with the connections left in any state.
         """
         shards = _Shards(topology, connections, until)
-        opening = _Opening(shards, self._counters, finishes_all=strict)
+        opening = _Opening(shards, self._counters, self._recovery, finishes_all=strict)
         cut = None if strict else opening.run(self._base(connections), _GATE_AFTER)
         pause = _GATE_PAUSE
         while cut is None:
+            if time.monotonic() >= until:
+                raise _never_shut(connections)
             with self._gate(shards, connect) as gate:
                 if shards.waits_for(gate.is_shut, PATIENCE):
                     cut = opening.run(self._base(connections), PATIENCE)
                     # If a gate is open by now, it may have been all the while.
                     cut = cut if gate.is_shut() else None
             if cut is None:
-                if time.monotonic() >= until:
-                    raise _never_shut(connections)
                 shards.pause(random.uniform(pause / 2, pause))
                 pause = min(2 * pause, _LONGEST_GATE_PAUSE)
         self._last = cut
@@ -224,8 +227,16 @@ class _Shards:
                     continue
                 if is_lost(driver_of(self.connections[shard])):
                     raise self._unavailable(shard, outcome) from outcome
-                if not _is_one_of(outcome, _LEFT_TO_OTHERS):
+                if settled(outcome) is Reply.REFUSED:
                     logger.warning("shard %s: %s", shard, outcome)
+
+    def conclude(self, recovery: Recovery, gid: str) -> None:
+        """Have a transaction recovered that is not known to be decided."""
+        found = Gid.parse(gid)
+        if found is not None and self.is_async:
+            await_only(asyncio.to_thread(recovery.resolve, found))
+        elif found is not None:
+            recovery.resolve(found)
 
     def waits_for(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until *condition* holds; return whether it did so in time."""
@@ -259,10 +270,16 @@ class _Opening:
     """Opens a cut, and repairs it until it is whole."""
 
     def __init__(
-        self, shards: _Shards, counters: Counters, *, finishes_all: bool
+        self,
+        shards: _Shards,
+        counters: Counters,
+        recovery: Recovery,
+        *,
+        finishes_all: bool,
     ) -> None:
         self._shards = shards
         self._counters = counters
+        self._recovery = recovery
         self._finishes_all = finishes_all
         self._snapshots: dict[str, str] = {}
 
@@ -365,10 +382,29 @@ class _Opening:
         said = self._begin(self._bases(missing), look=self._finishes_all, after=missing)
         late = {s: gids for s, gids in missing.items() if s not in said}
         if late:
-            self._shards.try_each(_COMMIT_PREPARED, late)
+            self._help(late, [t.gid for t in torn if not t.is_shown])
             said |= self._begin(self._bases(late), look=self._finishes_all)
         for shard, heard in said.items():
             evidence.reopened(shard, *heard)
+
+    def _help(
+        self, late: Mapping[str, Sequence[str]], not_shown: Iterable[str]
+    ) -> None:
+        """Have transactions committed where they are still prepared.
+
+        Those that are *not shown* anywhere are prepared everywhere, which can be seen
+        before a synchronous standby has it: recovery, which waits for that, concludes.
+        """
+        to_conclude = set(not_shown)
+        decided = {
+            shard: [gid for gid in gids if gid not in to_conclude]
+            for shard, gids in late.items()
+        }
+        for gid in to_conclude & set().union(*late.values()):
+            self._shards.conclude(self._recovery, gid)
+        decided = {shard: gids for shard, gids in decided.items() if gids}
+        if decided:
+            self._shards.try_each(_COMMIT_PREPARED, decided)
 
     def _bases(self, shards: Iterable[str]) -> dict[str, str]:
         return {shard: self._snapshots[shard] for shard in shards}

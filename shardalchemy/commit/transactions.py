@@ -18,7 +18,6 @@ from shardalchemy.commit.patrol import Patrol
 from shardalchemy.commit.recovery import Recovery, RecoveryReport
 from shardalchemy.commit.snapshot import Snapshots
 from shardalchemy.commit.waits import Waits
-from shardalchemy.engine import unpooled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,9 +34,9 @@ __all__ = ["Transactions"]
 class Transactions:
     """The transactions of one cluster, as this process sees to them.
 
-    ``connect`` opens a connection to a shard, and ``connect_beside`` one that comes
-    from no pool; ``topology`` returns the current one, and ``sessions`` those that
-    there are of the cluster.
+    ``connect`` opens a connection to a shard that no session is kept waiting for, and
+    ``connect_beside`` one that comes from no pool; ``topology`` returns the current
+    one, and ``sessions`` those that there are of the cluster.
     """
 
     def __init__(
@@ -52,14 +51,9 @@ class Transactions:
         self.recovery = Recovery(connect, topology, self.counters)
         self.housekeeping = Housekeeping(connect, topology)
         self.patrol = Patrol(self)
-        # What is waited for is resolved while those that wait may have all of a pool.
-        in_doubt = InDoubt(
-            Recovery(unpooled(connect_beside), topology, self.counters),
-            lambda: topology().cluster,
-            self.counters,
-        )
+        in_doubt = InDoubt(self.recovery, lambda: topology().cluster, self.counters)
         self.waits = Waits(sessions, connect_beside, topology, in_doubt, self.counters)
-        self.snapshots = Snapshots(self.counters)
+        self.snapshots = Snapshots(self.counters, self.recovery)
         self._driver = CommitDriver(self.finisher, self.recovery, self.counters)
 
     def commit(

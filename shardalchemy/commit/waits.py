@@ -16,12 +16,11 @@ own: it can do that without hitting what the session does next.
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 import uuid
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psycopg
@@ -29,9 +28,10 @@ from psycopg.pq import TransactionStatus
 
 from shardalchemy.commit import blocking
 from shardalchemy.commit.waitgraph import deadlocks
-from shardalchemy.engine import Beside, next_statement_held
+from shardalchemy.engine import Background, Beside, next_statement_held
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from shardalchemy.catalog import Topology
@@ -95,15 +95,10 @@ class Waits:
         self._topology = topology
         self._in_doubt = in_doubt
         self._counters = counters
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self._process = os.getpid()
+        self._thread = Background(
+            "shardalchemy-waits", partial(_run, weakref.ref(self), connect)
+        )
         self._name = str(uuid.uuid4())
-        self._ending = threading.Event()
-        self._thread = None
         self._busy: dict[int, float] = {}
         self._published = False
         self._seen: frozenset[Wait] = frozenset()
@@ -112,28 +107,12 @@ class Waits:
         self._blind = False
 
     def start(self) -> None:
-        """Start the thread, if it does not run in this process."""
-        with self._lock:
-            if self._process != os.getpid():
-                self._reset()  # a fork has what the thread knew, but not the thread
-            if self._thread is None:
-                # It holds this object weakly: a forgotten cluster ends it.
-                self._thread = threading.Thread(
-                    target=_run,
-                    args=(weakref.ref(self), self._connect, self._ending),
-                    name="shardalchemy-waits",
-                    daemon=True,
-                )
-                self._thread.start()
+        """Start the thread, if it does not run."""
+        self._thread.start()
 
     def close(self) -> None:
         """End the thread; it can be started again."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-            ending, self._ending = self._ending, threading.Event()
-        if thread is not None and self._process == os.getpid():
-            ending.set()
-            thread.join(_ENDING)
+        self._thread.close(_ENDING)
 
     # -- in the thread -----------------------------------------------------------------
 
@@ -153,6 +132,9 @@ class Waits:
         prepared: list[PreparedHolder] = []
         for shard in sorted(looked):
             try:
+                # Many who wait for one row are many times more who block each other.
+                if len(over_several) < 2 and not blocking.has_prepared(beside, shard):
+                    continue
                 here, holders = blocking.waits_on(beside, shard)
             except psycopg.Error as error:
                 logger.info("waits on shard %s are not seen: %s", shard, error)
@@ -325,7 +307,7 @@ def _run(
             failed = True
         del present
         # Servers under load are not asked the more often for it.
-        pause = max(TICK, min(1.0, 2 * (time.monotonic() - began)))
+        pause = max(TICK, min(1.0, 4 * (time.monotonic() - began)))
     present = waits()
     if present is not None:
         present.end(beside)

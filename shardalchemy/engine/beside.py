@@ -13,15 +13,11 @@ from typing import TYPE_CHECKING, Any, LiteralString
 
 import psycopg
 from psycopg.rows import tuple_row
-from sqlalchemy import create_engine
-from sqlalchemy.pool import NullPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
 
-    from sqlalchemy import Connection, Engine
-
-__all__ = ["Beside", "unpooled"]
+__all__ = ["Beside"]
 
 _IDLE = 10.0  # seconds after which a connection that nobody has used is closed
 _AWAY = 5.0  # seconds for which a shard that did not answer is not asked again
@@ -144,21 +140,3 @@ class Beside:
         """Close all connections."""
         for shard in list(self._open):
             self._drop(shard)
-
-
-def unpooled(
-    connect: Callable[[str], psycopg.Connection[Any]],
-) -> Callable[[str], Connection]:
-    """Return what opens a SQLAlchemy connection over one that *connect* opens."""
-    engines: dict[str, Engine] = {}
-
-    def opened(shard: str) -> Connection:
-        if shard not in engines:
-            engines[shard] = create_engine(
-                "postgresql+psycopg://",
-                creator=lambda: connect(shard),
-                poolclass=NullPool,
-            )
-        return engines[shard].connect()
-
-    return opened

@@ -17,6 +17,7 @@ from shardalchemy.engine.fanout import CANCEL_TIMEOUT, EVENTS, attempt_all, read
 from shardalchemy.engine.wire import (
     driver_of,
     exchange,
+    is_busy,
     results_of,
     rows,
     tags,
@@ -92,6 +93,7 @@ class _Broadcast:
         self._commands = commands
         self._until = until
         self._outcomes: dict[str, list[PGresult] | Exception] = {}
+        self._drivers: dict[str, Any] = {}
         self._waiting: dict[int, tuple[str, Any, Any]] = {}
         self._poll = select.poll()
 
@@ -99,6 +101,7 @@ class _Broadcast:
         try:
             for shard, connection in self._connections.items():
                 driver: Any = driver_of(connection)
+                self._drivers[shard] = driver
                 command = self._commands[shard]
                 running = exchange(
                     driver, None if command is None else command.encode()
@@ -114,7 +117,7 @@ class _Broadcast:
                         self._give_up()
                         break
                 self._answer_ready(left)
-        except (KeyboardInterrupt, SystemExit):
+        except BaseException:  # a Ctrl-C, or what another signal's handler raises
             self._cancel()
             raise
         return self._outcomes
@@ -161,5 +164,7 @@ class _Broadcast:
             if any(driver.closed for _, driver, _ in self._waiting.values()):
                 break
             self._answer_ready(0.1)
-        for _, driver, _ in self._waiting.values():
-            driver.pgconn.finish()
+        # What is still under way did not answer, or was interrupted in the middle.
+        for shard, driver in self._drivers.items():
+            if shard not in self._outcomes and is_busy(driver):
+                driver.pgconn.finish()

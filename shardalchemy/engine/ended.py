@@ -14,32 +14,41 @@ from typing import TYPE_CHECKING, Any
 from shardalchemy.engine.wire import driver_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy import Connection
 
     from shardalchemy.engine.wire import Driver
 
-__all__ = ["end_of"]
+__all__ = ["ended"]
 
 # Only Linux tells a hang-up of the other side before all is read.
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
-def end_of(connection: Connection) -> str | None:
-    """Return why an idle connection has come to its end, None if it has not.
+def ended(connections: Mapping[str, Connection]) -> dict[str, str]:
+    """Return why idle connections have come to their end, of those that have.
 
     Sends nothing and reads nothing.
     """
-    if connection.invalidated:
-        return "as an earlier statement has said"
-    driver = driver_of(connection)
-    if driver.closed:
-        return "it is closed"
-    descriptor = driver.pgconn.socket
+    found: dict[str, str] = {}
     poll = select.poll()
-    poll.register(descriptor, _HUNG_UP)
-    if not poll.poll(0):
-        return None
-    return _last_words(driver, descriptor) or "the server has closed it"
+    watched: dict[int, tuple[str, Driver]] = {}
+    for shard, connection in connections.items():
+        if connection.invalidated:
+            found[shard] = "as an earlier statement has said"
+            continue
+        driver = driver_of(connection)
+        if driver.closed:
+            found[shard] = "it is closed"
+            continue
+        descriptor = driver.pgconn.socket
+        poll.register(descriptor, _HUNG_UP)
+        watched[descriptor] = (shard, driver)
+    for descriptor, _ in poll.poll(0):
+        shard, driver = watched[descriptor]
+        found[shard] = _last_words(driver, descriptor) or "the server has closed it"
+    return found
 
 
 def _last_words(driver: Driver, descriptor: int) -> str | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import psycopg
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 from sqlalchemy.util import await_only
 
 from shardalchemy.errors import ConfigurationError, UnknownShardError
@@ -17,7 +19,6 @@ from shardalchemy.errors import ConfigurationError, UnknownShardError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import psycopg
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -45,6 +46,8 @@ class ShardEngines:
         self._sync: dict[str, Engine | Connection] = {}
         self._async: dict[str, AsyncEngine] = {}
         self._owned: list[Engine | AsyncEngine] = []
+        self._beside: dict[str, Engine] = {}
+        self._connects: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._options = {"pool_timeout": pool_timeout, **engine_options}
         self._budget = (
             _ConnectionBudget(max_connections, pool_timeout)
@@ -66,6 +69,7 @@ class ShardEngines:
             _require_psycopg(name, shard.url)
             self._async[name] = shard
             self._urls[name] = shard.url.set(drivername="postgresql+psycopg")
+            event.listen(shard.sync_engine, "do_connect", partial(self._note, name))
         else:
             url = make_url(shard)
             if url.drivername == "postgresql":
@@ -117,10 +121,27 @@ class ShardEngines:
             with self._lock:
                 found = self._sync.get(shard)
                 if found is None:
-                    found = create_engine(url, **self._named(shard))
+                    options = self._named(shard)
+                    if shard in self._async:
+                        options["creator"] = partial(self._connect_alike, shard)
+                    found = create_engine(url, **options)
                     self._keep(found, found)
                     self._sync[shard] = found
         return found
+
+    def _note(self, shard: str, _: Any, __: Any, args: Any, options: Any) -> None:
+        """Note how a given AsyncEngine connects, for the sync one beside it."""
+        self._connects[shard] = (tuple(args), dict(options))
+
+    def _connect_alike(self, shard: str) -> psycopg.Connection[Any]:
+        """Open a sync connection as the AsyncEngine that *shard* was given as does."""
+        url = self.url(shard)
+        args, options = self._connects.get(
+            shard
+        ) or url.get_dialect()().create_connect_args(url)
+        for name in ("async_creator_fn", "async_fallback"):
+            options.pop(name, None)
+        return psycopg.connect(*args, **options)
 
     def asynchronous(self, shard: str) -> AsyncEngine:
         """Return *shard*'s async engine."""
@@ -159,6 +180,28 @@ class ShardEngines:
                 "psycopg.Connection[Any]", pool._invoke_creator(cast("Any", None))
             )
 
+    def connect_in_background(self, shard: str) -> Connection:
+        """Open a connection to *shard* for what no session does, and none must hold up.
+
+        It is the pool's where the pool has one to spare, and no pool's otherwise.
+        """
+        engine = self.sync(shard).engine
+        pool = engine.pool
+        if isinstance(pool, QueuePool) and (
+            pool.checkedin() > 0
+            or (self._budget is None and pool.checkedout() < pool.size())
+        ):
+            return engine.connect()
+        beside = self._beside.get(shard)
+        if beside is None:
+            beside = create_engine(
+                "postgresql+psycopg://",
+                creator=lambda: self.connect_beside(shard),
+                poolclass=NullPool,
+            )
+            self._beside[shard] = beside
+        return beside.connect()
+
     def _named(self, shard: str) -> dict[str, Any]:
         return {"logging_name": shard, "pool_logging_name": shard, **self._options}
 
@@ -166,6 +209,13 @@ class ShardEngines:
         self._owned.append(engine)
         if self._budget is not None:
             self._budget.cover(sync_engine)
+
+    def forked(self) -> None:
+        """Leave the connections to the parent, in a process that was just forked."""
+        self._lock = threading.Lock()
+        for engine in self._owned:
+            sync_engine = engine if isinstance(engine, Engine) else engine.sync_engine
+            sync_engine.dispose(close=False)
 
     def dispose(self) -> None:
         """Close the idle connections of the sync engines that were made here."""

@@ -26,7 +26,7 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from shardalchemy.engine.deadline import CANCEL_AGAIN, CANCEL_TIMEOUT, earliest
-from shardalchemy.engine.wire import driver_of
+from shardalchemy.engine.wire import driver_of, is_busy
 from shardalchemy.errors import TransactionFailed
 
 if TYPE_CHECKING:
@@ -186,9 +186,13 @@ class _Hub:
                 if self._must_cancel:
                     break
             self._wait_for_all()
-        except (KeyboardInterrupt, SystemExit):
+        except BaseException:  # a Ctrl-C, or what another signal's handler raises
             self._must_cancel = True
             self._wait_for_all()
+            for shard, driver in self._drivers.items():
+                # Interrupted between its answer and who waits for it.
+                if shard not in self._outcomes and is_busy(driver):
+                    driver.pgconn.finish()
             raise
         finally:
             for shard, driver in self._drivers.items():

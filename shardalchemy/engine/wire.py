@@ -11,6 +11,7 @@ import asyncio
 import os
 import socket
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import psycopg
@@ -20,6 +21,8 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.util import await_only
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
     from sqlalchemy import Connection
@@ -28,7 +31,9 @@ __all__ = [
     "driver_of",
     "in_failed_transaction",
     "in_transaction",
+    "is_busy",
     "is_lost",
+    "kept_if_sound",
     "rows",
     "simple_query",
     "simple_rows",
@@ -45,6 +50,25 @@ def driver_of(connection: Connection) -> Driver:
 def is_lost(driver: Driver) -> bool:
     """Return whether the connection to the server is known to be gone."""
     return driver.closed
+
+
+@contextmanager
+def kept_if_sound(connection: Connection) -> Iterator[Connection]:
+    """Close *connection* at the end of a ``with`` block, for good if it was lost.
+
+    It must not go back to a pool then, nor be rolled back.
+    """
+    with connection:
+        try:
+            yield connection
+        finally:
+            if not connection.invalidated and is_lost(driver_of(connection)):
+                connection.invalidate()
+
+
+def is_busy(driver: Driver) -> bool:
+    """Return whether an answer of the server is still to be read."""
+    return driver.pgconn.transaction_status == TransactionStatus.ACTIVE
 
 
 def in_failed_transaction(driver: Driver) -> bool:

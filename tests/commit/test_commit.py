@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
+import warnings
+from concurrent.futures import wait
 
 import pytest
-from sqlalchemy import event, exc, select, text
+from sqlalchemy import event, exc, func, select, text
 
 from shardalchemy import Cluster, ConfigurationError, TransactionAborted
-from shardalchemy.commit import finisher
+from shardalchemy.commit import Gid, finisher
 from shardalchemy.local import LocalCluster
 from tests.commit.accounts import Account, Base, Note, number_on
 from tests.conftest import Servers
@@ -197,21 +201,23 @@ def test_session_events_are_fired_once(bank: Cluster, servers: Servers) -> None:
         session.rollback()
 
 
-def slow_finisher(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let the second step of commits that nobody waits for come late."""
-    finish = finisher.Finisher._finish
+def held_finisher(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Hold the second step of commits that nobody waits for until the event is set."""
+    finish = finisher.Finisher.finish
+    let_go = threading.Event()
 
-    def late(self: finisher.Finisher, works: list) -> list:
-        time.sleep(seconds)
+    def held(self: finisher.Finisher, works: list) -> list:
+        let_go.wait(10)
         return finish(self, works)
 
-    monkeypatch.setattr(finisher.Finisher, "_finish", late)
+    monkeypatch.setattr(finisher.Finisher, "finish", held)
+    return let_go
 
 
 def test_a_session_given_a_commit_token_sees_that_commit(
     bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_finisher(monkeypatch, 0.3)
+    let_go = held_finisher(monkeypatch)
     numbers = [number_on(bank, shard) for shard in servers]
     with (
         bank.sessionmaker(ack="prepared")() as writer,
@@ -224,6 +230,7 @@ def test_a_session_given_a_commit_token_sees_that_commit(
         token = writer.commit_token
         assert token is not None
         assert unaware.scalars(select(Account)).all() == []
+        threading.Timer(0.2, let_go.set).start()
         with elsewhere.sessionmaker()(after=token) as reader:
             assert reader.commit_token == token
             assert len(reader.scalars(select(Account)).all()) == 4
@@ -237,7 +244,7 @@ def test_a_session_given_a_commit_token_sees_that_commit(
 def test_a_token_of_a_process_that_is_gone_is_seen_all_the_same(
     bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finisher.Finisher, "_finish", lambda self, works: works)
+    monkeypatch.setattr(finisher.Finisher, "finish", lambda self, works: works)
     numbers = [number_on(bank, shard) for shard in servers]
     with bank.sessionmaker(ack="prepared")() as writer:
         writer.add_all(Account(number=n, balance=1) for n in numbers)
@@ -255,13 +262,14 @@ def test_what_is_no_token_of_this_cluster_is_refused(bank: Cluster, token: str) 
 async def test_a_token_in_an_event_loop(
     bank: Cluster, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_finisher(monkeypatch, 0.2)
+    let_go = held_finisher(monkeypatch)
     Session = bank.async_sessionmaker(ack="prepared")
     async with Session() as writer, Session() as plain:
         writer.add_all(
             Account(number=number_on(bank, shard), balance=1) for shard in servers
         )
         await writer.commit()
+        threading.Timer(0.2, let_go.set).start()
         async with Session(after=writer.commit_token) as reader:
             assert len((await reader.scalars(select(Account))).all()) == 4
         assert len((await writer.scalars(select(Account))).all()) == 4
@@ -356,3 +364,78 @@ def test_prepared_slots_that_run_out_roll_back_everywhere(
                     session.commit()
             assert servers.where(BALANCES) == {}
             other.execute("ROLLBACK PREPARED 'someone''s'")
+
+
+@pytest.mark.parametrize("where", ["home", "sharded"])
+def test_a_commit_on_a_connection_that_has_ended_does_not_return(
+    bank: Cluster, servers: Servers, where: str
+) -> None:
+    resolve_commits = where == "home"
+    with (
+        servers.local.cluster(resolve_commits=resolve_commits) as cluster,
+        cluster.sessionmaker()() as session,
+    ):
+        session.add(
+            Note(text="lost")
+            if where == "home"
+            else Account(number=number_on(bank, "s1"), balance=1)
+        )
+        session.flush()
+        pid = session.scalar(select(func.pg_backend_pid()))
+        servers.rows("s1", "SELECT pg_terminate_backend(%s, 5000)", pid)
+        with pytest.raises(exc.OperationalError) as caught:
+            session.commit()
+        assert caught.value.connection_invalidated
+    assert servers.where(BALANCES) == {}
+    assert servers.rows("s1", "SELECT text FROM notes") == []
+
+
+def test_a_backlog_of_the_second_step_is_finished_to_the_last(
+    bank: Cluster, servers: Servers
+) -> None:
+    topology = bank.topology
+    done = []
+
+    def away(shard: str) -> object:
+        raise exc.OperationalError("", {}, ConnectionRefusedError())
+
+    behind = finisher.Finisher(away)
+    for _ in range(1010):
+        gid = Gid.new(topology.cluster, [0, 1])
+        branches = {"s1": gid.on(0), "s2": gid.on(1)}
+        done.append(behind.commit(gid, branches, marked=branches))
+    time.sleep(0.5)
+    behind._connect = bank._sync.connect  # back again; another has finished them all
+    wait(done, timeout=60)
+    assert all(one.done() and one.exception() is None for one in done)
+    behind.close()
+
+
+def test_recovery_runs_in_the_process_that_made_the_tables_and_in_its_forks(
+    servers: Servers, empty_servers: Servers
+) -> None:
+    def names() -> set[str]:
+        return {thread.name for thread in threading.enumerate()}
+
+    with servers.local.cluster() as cluster:
+        cluster.create_all(Base.metadata)
+        with cluster.sessionmaker().begin() as session:
+            session.add(Account(number=1, balance=1))
+        assert "shardalchemy-recovery" in names()
+        reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 and threads
+            child = os.fork()
+        if child == 0:
+            try:
+                with cluster.sessionmaker()() as session:
+                    session.get(Account, 1)
+                os.write(writer, ",".join(names()).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        os.waitpid(child, 0)
+        with os.fdopen(reader) as said:
+            assert "shardalchemy-recovery" in said.read().split(",")
+        cluster.close()
+        assert "shardalchemy-recovery" not in names()

@@ -21,6 +21,7 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import create_engine, exc, select, text, update
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 from shardalchemy import (
@@ -421,6 +422,52 @@ def test_shards_given_as_engines(servers: Servers, bank: Cluster) -> None:
                 one.result(timeout=5)
     for engine in engines.values():
         engine.dispose()
+
+
+async def test_shards_given_as_async_engines(servers: Servers, bank: Cluster) -> None:
+    a, b, _ = numbers(bank)
+    engines = {
+        name: create_async_engine(url.replace("+psycopg", "+psycopg_async"))
+        for name, url in servers.local.urls.items()
+    }
+    async with Cluster(engines) as given:
+        AsyncSession = given.async_sessionmaker()
+        async with AsyncSession() as old, AsyncSession() as young:
+            await old.get(Account, a, with_for_update=True)
+            await young.get(Account, b, with_for_update=True)
+            waiting = asyncio.create_task(old.get(Account, b, with_for_update=True))
+            with pytest.raises(DeadlockDetected):
+                await young.get(Account, a, with_for_update=True)
+            await young.rollback()
+            await waiting
+    for engine in engines.values():
+        await engine.dispose()
+
+
+# Python 3.12 warns of what may go wrong for others that hold locks as it forks.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_has_forked_watches_for_itself(bank: Cluster) -> None:
+    a, b, _ = numbers(bank)
+    Session = bank.sessionmaker()
+    bank._shards.dispose()
+    assert watching()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with Session() as old, Session() as young:
+                take(old, a)
+                take(young, b)
+                with at_once(lambda: take(old, b), lambda: take(young, a)) as (_, two):
+                    told(two)
+                    young.rollback()
+            os.write(writing, b"told")
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        assert said.read() == "told"
+    os.waitpid(child, 0)
 
 
 # -- what is no deadlock, and what is not watched -----------------------------------

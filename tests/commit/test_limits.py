@@ -413,10 +413,10 @@ def test_another_roles_transaction_stays_in_doubt_and_says_why(
 # -- settings of the application, and what it does in a transaction --------------------
 
 
-def test_a_statement_timeout_of_the_application_is_definite(
+def test_a_prepare_that_is_cancelled_is_definite(
     bank: Cluster, servers: Servers
 ) -> None:
-    """Deferred triggers run as a part of PREPARE."""
+    """In its deferred triggers, which statement_timeout does not bound."""
     servers.run(
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
         " $$ BEGIN PERFORM pg_sleep(5); RETURN NULL; END $$;"

@@ -22,6 +22,7 @@ from shardalchemy.commit import driver
 from shardalchemy.local import LocalCluster
 from tests.commit import test_commit, test_recovery, test_savepoints
 from tests.commit.accounts import Account, Base, number_on
+from tests.commit.torn import open_accounts, read
 from tests.conftest import Servers
 from tests.pooler import Pooler
 from tests.proxy import CuttingProxy
@@ -100,6 +101,15 @@ for source, names in (
 ):
     for name in names.split():
         globals()[f"test_{name}"] = getattr(source, f"test_{name}")
+
+
+def test_snapshots_are_whole_and_strict_ones_hold_up_commits(bank: Cluster) -> None:
+    open_accounts(bank)
+    for strict in (False, True):
+        seen = read(bank, lambda strict=strict: bank.snapshot(strict=strict), 1.5)
+        assert seen.reads > 3
+        assert seen.torn == 0
+    assert bank.counters["snapshot.gates"] > 3
 
 
 # -- what a pooler is in the middle of -------------------------------------------------
@@ -262,6 +272,15 @@ def test_results_of_all_shards(bank: Cluster) -> None:
             select(Account.number), execution_options={"yield_per": 10}
         )
         assert sorted(streamed) == [*numbers]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_snapshots(bank: Cluster, numbers: dict[str, int], strict: bool) -> None:
+    with bank.sessionmaker(ack="prepared").begin() as session:
+        session.add_all(accounts(numbers))
+    with bank.snapshot(strict=strict) as session:
+        total = session.scalar(select(func.sum(Account.balance)))
+    assert total == 4 or (total is None and not strict)
 
 
 def test_a_timeout_ends_its_own_statement_and_no_other(

@@ -8,6 +8,7 @@ import functools
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -229,17 +230,27 @@ def test_an_unknown_outcome_is_never_run_again(retries: list[Any]) -> None:
                 Account(number=number_on(cluster, s), balance=0) for s in TWO
             )
             session.flush()
+            local.servers["s2"].pause()
+
+        def kill_while_it_prepares() -> None:
+            while not Servers(local).rows("s1", "SELECT gid FROM pg_prepared_xacts"):
+                time.sleep(0.01)
             local.servers["s2"].kill()
 
+        killer = threading.Thread(target=kill_while_it_prepares)
+        killer.start()
         with pytest.raises(CommitOutcomeUnknown):
             cluster.run(work)
+        killer.join()
         assert len(calls) == 1
         assert retries == []
         # What cannot be reached before anything was asked of it is tried again.
         later = threading.Timer(0.3, local.servers["s2"].start)
         later.start()
         number = number_on(cluster, "s2")
-        cluster.run(lambda session: session.get(Account, number))
+        cluster.run(
+            lambda session: session.get(Account, number), attempts=None, timeout=60
+        )
         later.join()
         assert retries
         cluster.recover(grace=0)

@@ -454,7 +454,7 @@ def test_strict_keeps_the_order_of_commits_on_single_shards(
                 )
                 writers.append(thread)
                 thread.start()
-                thread.join(0.3 if strict else None)
+                thread.join(0.03 if strict else None)
         return found
 
     monkeypatch.setattr(snapshot, "ask_all", slowly)
@@ -475,6 +475,16 @@ def test_strict_shows_what_was_acknowledged_when_it_was_prepared(bank: Cluster) 
             transfer(session, a, b)
         with bank.snapshot(strict=True) as session:
             assert session.get_one(Account, b).balance == TOTAL + turn
+
+
+def test_a_commit_token_is_waited_for_before_a_snapshot_opens(bank: Cluster) -> None:
+    a, b = number_on(bank, "s1"), number_on(bank, "s2")
+    with bank.sessionmaker(ack="prepared")() as session:
+        for turn in range(1, 21):
+            transfer(session, a, b)
+            session.commit()
+            with bank.snapshot(after=session.commit_token) as snapshot:
+                assert snapshot.get_one(Account, b).balance == TOTAL + turn
 
 
 def test_strict_finishes_what_a_dead_client_has_decided(
@@ -520,7 +530,7 @@ def test_a_gate_that_opens_too_early_is_shut_again_until_the_timeout(
         connection.execute(f"BEGIN; SELECT {SHARED}")  # or it would be granted
         with monkeypatch.context() as patch:
             patch.setattr(snapshot._Opening, "run", late)
-            with pytest.raises(SnapshotUnavailable, match="could not be held up"):
+            with pytest.raises(SnapshotUnavailable, match="held up"):
                 bank.snapshot(strict=True, timeout=0.5).__enter__()
         assert servers.where(ADVISORY) == {"s2": [("ShareLock", True)]}
     assert bank.counters["snapshot.gates"] >= 2

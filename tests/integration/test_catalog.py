@@ -219,6 +219,15 @@ def test_an_older_catalog_is_brought_up_to_date_by_create_all(
     assert held == {s: [("kept", False, CATALOG_VERSION)] for s in servers}
 
 
+def test_two_names_for_one_database_are_refused(empty_servers: Servers) -> None:
+    url = empty_servers.local.urls["s1"]
+    with (
+        Cluster({"a": url, "b": url}) as cluster,
+        pytest.raises(ConfigurationError, match="b is the same database as one of a"),
+    ):
+        cluster.create_all(model()[0])
+
+
 def test_exchanged_urls_are_refused(cluster: Cluster, servers: Servers) -> None:
     cluster.create_all(model()[0])
     urls = dict(servers.local.urls)

@@ -14,7 +14,7 @@ and shown as well; or, acknowledged when it was prepared, it is prepared everywh
 
 from __future__ import annotations
 
-import random
+import secrets
 import time
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,7 @@ class Gate:
         self._watchers = watchers
         self._until = until
         self._asked: set[str] = set()
-        self._mine = random.getrandbits(31)
+        self._mine = secrets.randbits(31)
 
     def shut(self) -> None:
         """Ask for all gates; they are shut in a moment, and for `PATIENCE` at most."""

@@ -51,9 +51,11 @@ class Patrol:
 
 
 def _go_round(transactions: weakref.ref[Transactions], ended: threading.Event) -> None:
-    rounds = random.randrange(_CLEAN_EVERY)
+    # Not the module's: an application, or its tests, may have seeded that.
+    chance = random.Random()
+    rounds = chance.randrange(_CLEAN_EVERY)
     has_failed = False
-    while not ended.wait(INTERVAL * random.uniform(0.5, 1.5)):
+    while not ended.wait(INTERVAL * chance.uniform(0.5, 1.5)):
         mine = transactions()
         if mine is None:
             return

@@ -8,7 +8,7 @@ from tests.bank.proxy import MESSAGES
 from tests.bank.run import run
 
 SEED = 20_260
-SECONDS = 45.0
+SECONDS = 60.0
 
 
 @pytest.mark.timeout(240)

@@ -60,11 +60,15 @@ def empty_servers(servers: Servers) -> Iterator[Servers]:
     wipe(servers)
 
 
-def wipe(servers: Servers) -> None:
+def roll_back_prepared(servers: Servers) -> None:
     for shard, rows in servers.prepared().items():
         with servers.connect(shard) as connection:
             for (gid,) in rows:
                 connection.execute(f"ROLLBACK PREPARED '{gid}'")
+
+
+def wipe(servers: Servers) -> None:
+    roll_back_prepared(servers)
     servers.run(
         "DROP SCHEMA IF EXISTS shardalchemy CASCADE;"
         "DROP SCHEMA public CASCADE; CREATE SCHEMA public"

@@ -76,7 +76,9 @@ class Crasher:
         lines = [json.dumps(asdict(task)) for task in tasks]
         print(len(lines), *lines, sep="\n", file=self._process.stdin, flush=True)
         for _ in lines:
-            end = json.loads(self._process.stdout.readline())
+            answer = self._process.stdout.readline()
+            assert answer, "the crasher has ended; it says why on stderr"
+            end = json.loads(answer)
             assert "failed" not in end, end["failed"]
             reached = tuple(Death(*death) for death in end.get("reached", ()))
             yield End(end["died"], end.get("told"), reached)
@@ -117,10 +119,10 @@ def main() -> None:
     async def warmed(cluster: Cluster, numbers: tuple[int, ...]) -> None:
         with cluster.sessionmaker()() as session:
             for number in numbers:
-                session.get_one(Account, number)
+                session.get(Account, number)
         async with cluster.async_sessionmaker()() as session:
             for number in numbers:
-                await session.get_one(Account, number)
+                await session.get(Account, number)
         cluster._transactions.waits.close()
         await cluster._shards.dispose_async()
 

@@ -67,13 +67,15 @@ class Size:
     ``replies_travel``: other things happen between a request's effect and the arrival
     of its reply. ``late``: a request may arrive after its sender has given it up and
     gone on. Without these two, it still arrives at any time at which it is waited for,
-    or after the process that has sent it has stopped.
+    or after the process that has sent it has stopped. ``gives_up``: a recoverer may
+    find any participant out of reach; without it, it asks until it knows.
     """
 
     participants: int
     recoverers: int
     replies_travel: bool = True
     late: bool = True
+    gives_up: bool = True
 
     def __str__(self) -> str:
         without = [
@@ -81,11 +83,12 @@ class Size:
             for what, there in (
                 ("replies that travel", self.replies_travel),
                 ("late requests", self.late),
+                ("giving up", self.gives_up),
             )
             if not there
         ]
         text = f"{self.participants} participants, {self.recoverers} recoverers"
-        return text + (f", without {' and '.join(without)}" if without else "")
+        return text + (f", without {', '.join(without)}" if without else "")
 
 
 class Participant(NamedTuple):
@@ -309,7 +312,7 @@ class Exploration:
         else:
             found.append((there, self._heard(machine, mail, i, letter)))
         found.append((left, self._heard(machine, mail, i, LOST)))
-        if isinstance(machine, Recoverer):
+        if self.size.gives_up and isinstance(machine, Recoverer):
             found.append((left, self._heard(machine, mail, i, UNREACHABLE)))
         return [(self._participants[after], to) for after, to in dict.fromkeys(found)]
 
@@ -570,8 +573,7 @@ SIZES = (
 MORE_SIZES = (
     Size(2, 2, replies_travel=False),
     Size(3, 1, replies_travel=False),
-    Size(2, 2, late=False),
-    Size(3, 2, replies_travel=False, late=False),
+    Size(3, 2, replies_travel=False, late=False, gives_up=False),
 )
 
 

@@ -23,7 +23,7 @@ from shardalchemy.local import LocalCluster
 from tests.commit.accounts import Account, Base
 from tests.commit.crasher import APPLICATION, Crasher, Task
 from tests.commit.failpoints import Death
-from tests.conftest import Servers
+from tests.conftest import Servers, roll_back_prepared
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -56,6 +56,7 @@ class Bank:
 
     def accounts(self, shards: Sequence[str], count: int) -> list[tuple[int, ...]]:
         """Make *count* times an account on each of *shards*; return their numbers."""
+        roll_back_prepared(self.servers)  # of a test that has failed
         for connection in self.connections.values():
             connection.execute("TRUNCATE accounts; DELETE FROM shardalchemy.txn")
         columns = []

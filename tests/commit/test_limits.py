@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -408,6 +410,54 @@ def test_another_roles_transaction_stays_in_doubt_and_says_why(
         assert bank.recover(grace=0).committed == (str(gid),)
     finally:
         servers.run("DROP OWNED BY teller; DROP ROLE teller")
+
+
+def test_a_role_with_the_privileges_of_the_documentation_can_do_all(
+    bank: Cluster, servers: Servers
+) -> None:
+    text_ = Path("docs/operating.md").read_text()
+    ((block,),) = [re.findall(r"```sql\n(.*?)```", text_, re.DOTALL)]
+    servers.run(
+        "CREATE ROLE app LOGIN PASSWORD 'app';"
+        "GRANT USAGE ON SCHEMA public TO app;"
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON accounts TO app; {block}"
+    )
+    urls = {
+        shard: make_url(url).set(username="app", password="app")
+        for shard, url in servers.local.urls.items()
+    }
+    numbers = [number_on(bank, shard) for shard in servers]
+    try:
+        with Cluster(urls, recover_in_background=False) as cluster:
+            for ack in ("committed", "prepared"):
+                with cluster.sessionmaker(ack=ack)() as session:
+                    for number in numbers:
+                        session.merge(Account(number=number, balance=1))
+                    session.commit()
+                    session.get_one(Account, numbers[0]).balance += 1
+                    session.commit()
+            for strict in (False, True):
+                with cluster.snapshot(strict=strict) as snapshot:
+                    assert snapshot.scalar(select(func.sum(Account.balance))) == 5
+            topology = cluster.topology
+            gid = Gid.new(topology.cluster, [0, 1])
+            for number, shard in enumerate(("s1", "s2")):
+                url = urls[shard].set(drivername="postgresql")
+                with psycopg.connect(
+                    url.render_as_string(hide_password=False), autocommit=True
+                ) as connection:
+                    connection.execute(
+                        "BEGIN; INSERT INTO shardalchemy.txn (gid, outcome)"
+                        f" VALUES ('{gid}', 'committed');"
+                        f" PREPARE TRANSACTION '{gid.on(number)}'"
+                    )
+            assert cluster.recover(grace=0).committed == (str(gid),)
+            housekeeping = cluster._transactions.housekeeping
+            housekeeping.clean(age=0)
+            assert housekeeping.clean(age=0) > 0
+    finally:
+        bank.close()
+        servers.run("DROP OWNED BY app; DROP ROLE app")
 
 
 # -- settings of the application, and what it does in a transaction --------------------

@@ -18,7 +18,7 @@ def test_everyone_was_told_the_truth() -> None:
     assert not report.findings, f"{report.evidence}\n{report}"
     # Or nothing was proved.
     assert report.outcomes["committed"] > 50
-    assert report.in_doubt
+    assert sum(report.faults.values()) > 20
     assert report.snapshots
     cut = {what.rpartition(" ")[0] for what in report.cuts}
     assert cut == {*MESSAGES}

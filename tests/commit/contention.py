@@ -23,7 +23,7 @@ from tests.commit.accounts import Account, Base, number_on
 
 THREADS = 16
 ROWS_A_SHARD = 2
-BALANCE = 1000
+BALANCE = 1_000_000
 LONGEST = 0.15  # seconds for which a session keeps a row before it takes the next
 
 

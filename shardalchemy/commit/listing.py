@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from shardalchemy.commit.gid import Gid
-from shardalchemy.engine import Visits
-from shardalchemy.engine.wire import driver_of, is_lost, simple_rows
+from shardalchemy.engine import Visits, kept_if_sound
+from shardalchemy.engine.wire import simple_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -134,12 +134,8 @@ def prepared_transactions(
     visits = Visits()
 
     def ask(shard: str, sql: str) -> list[tuple[str | None, ...]]:
-        with connect(shard) as connection:
-            try:
-                return simple_rows(connection, sql)
-            finally:
-                if is_lost(driver_of(connection)):
-                    connection.invalidate()
+        with kept_if_sound(connect(shard)) as connection:
+            return simple_rows(connection, sql)
 
     def look(shard: str) -> tuple[Found, ...]:
         found = ask(shard, _PREPARED)

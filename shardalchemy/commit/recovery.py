@@ -122,10 +122,7 @@ class Recovery:
 
         def look(shard: str) -> list[Gid]:
             with kept_if_sound(self._connect(shard)) as connection:
-                found = [
-                    Gid.parse(gid or "") for (gid,) in simple_rows(connection, sql)
-                ]
-                return [gid for gid in found if gid is not None]
+                return Gid.parse_all(simple_rows(connection, sql))
 
         found = self._visits.at_once(look, topology.shards, deadline)
         for shard, answer in found.items():

@@ -14,7 +14,7 @@ import logging
 import random
 import re
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -26,7 +26,7 @@ from shardalchemy.commit.gate import PATIENCE, Gate
 from shardalchemy.commit.gid import Gid
 from shardalchemy.commit.protocol import Reply
 from shardalchemy.commit.settling import settled
-from shardalchemy.engine import ask_all, broadcast
+from shardalchemy.engine import ask_all, broadcast, kept_if_sound
 from shardalchemy.engine.wire import driver_of, in_transaction, is_lost
 from shardalchemy.errors import SnapshotUnavailable
 
@@ -154,10 +154,11 @@ class Snapshots:
         self, shards: _Shards, connect: Callable[[str], Connection]
     ) -> Iterator[Gate]:
         """Ask for the gates of all shards, and open them at the block's end."""
-        holders: dict[str, Connection] = {}
-        try:
-            for shard in shards.connections:
-                holders[shard] = connect(shard)
+        with ExitStack() as stack:
+            holders = {
+                shard: stack.enter_context(kept_if_sound(connect(shard)))
+                for shard in shards.connections
+            }
             gate = Gate(holders, shards.connections, shards.until)
             try:
                 gate.shut()
@@ -165,11 +166,6 @@ class Snapshots:
                 yield gate
             finally:
                 gate.open()
-        finally:
-            for connection in holders.values():
-                if is_lost(driver_of(connection)):
-                    connection.invalidate()
-                connection.close()
 
 
 class _Shards:

@@ -21,5 +21,4 @@ def test_everyone_was_told_the_truth() -> None:
     assert sum(report.faults.values()) > 20
     assert report.snapshots
     cut = {what.rpartition(" ")[0] for what in report.cuts}
-    assert cut <= {*MESSAGES}
-    assert len(cut) > 1
+    assert cut == {*MESSAGES}
